@@ -30,7 +30,9 @@ def knob(
     main: bool = False,
 ) -> Any:
     """Declare a hyperparameter: a dataclass field that carries its bounds (inclusive), unit, label and help."""
-    return field(default=default, metadata=dict(label=label, help=help, unit=unit, low=low, high=high, choices=choices, main=main))
+    return field(
+        default=default, metadata={"label": label, "help": help, "unit": unit, "low": low, "high": high, "choices": choices, "main": main}
+    )
 
 
 class _Checked:
@@ -74,12 +76,19 @@ class AdapterConfig(_Checked):
     """The LoRA adapter, the only thing that is trained."""
 
     lora_r: int = knob(
-        16, "LoRA rank", "Size of the adapter's bottleneck. The paper found quality independent of it; 8 to 64 is usual.", low=1, high=512, main=True
+        16,
+        "LoRA rank",
+        "Size of the adapter's bottleneck. The paper found quality independent of it; 8 to 64 is usual.",
+        low=1,
+        high=512,
+        main=True,
     )
     lora_alpha: int = knob(
         16, "LoRA alpha", "The adapter's output is scaled by alpha / rank. The paper kept 16.", low=1, high=1024, main=True
     )
-    lora_dropout: float = knob(0.05, "LoRA dropout", "Share of the adapter's inputs zeroed while training. Paper: 0.1 for 7B, 0.05 above.", low=0, high=0.9)
+    lora_dropout: float = knob(
+        0.05, "LoRA dropout", "Share of the adapter's inputs zeroed while training. Paper: 0.1 for 7B, 0.05 above.", low=0, high=0.9
+    )
     target_modules: str = knob(
         "all-linear",
         "Target modules",
@@ -105,9 +114,16 @@ class DataConfig(_Checked):
         choices=("assistant", "last", "everything"),
         main=True,
     )
-    max_seq_len: int = knob(512, "Max length", "Longer rows are cut at the end. Memory grows with it.", unit="tokens", low=16, high=131072, main=True)
+    max_seq_len: int = knob(
+        512, "Max length", "Longer rows are cut at the end. Memory grows with it.", unit="tokens", low=16, high=131072, main=True
+    )
     held_out_share: float = knob(
-        0.05, "Held-out share", "Part of the rows kept away from training, to measure what was learned and not memorised.", low=0, high=0.5, main=True
+        0.05,
+        "Held-out share",
+        "Part of the rows kept away from training, to measure what was learned and not memorised.",
+        low=0,
+        high=0.5,
+        main=True,
     )
 
 
@@ -118,14 +134,23 @@ class OptimizationConfig(_Checked):
     learning_rate: float = knob(
         2e-4, "Learning rate", "Peak step size. Paper: 0.0002 up to 13B, 0.0001 for 33B and 65B.", low=1e-8, high=1, main=True
     )
-    num_train_epochs: float = knob(1.0, "Epochs", "Passes over the training rows. Ignored when max steps is set.", low=0.01, high=1000, main=True)
-    max_steps: int = knob(0, "Max steps", "Optimizer steps to train for; 0 means by epochs.", unit="steps", low=0, high=10_000_000, main=True)
-    micro_batch_size: int = knob(4, "Micro-batch", "Rows that go through the model at once. Memory grows with it.", unit="rows", low=1, high=1024, main=True)
+    num_train_epochs: float = knob(
+        1.0, "Epochs", "Passes over the training rows. Ignored when max steps is set.", low=0.01, high=1000, main=True
+    )
+    max_steps: int = knob(
+        0, "Max steps", "Optimizer steps to train for; 0 means by epochs.", unit="steps", low=0, high=10_000_000, main=True
+    )
+    micro_batch_size: int = knob(
+        4, "Micro-batch", "Rows that go through the model at once. Memory grows with it.", unit="rows", low=1, high=1024, main=True
+    )
     gradient_accumulation_steps: int = knob(
         4, "Accumulation", "Micro-batches per optimizer step. Effective batch = micro-batch x accumulation.", low=1, high=4096, main=True
     )
     lr_scheduler: str = knob(
-        "constant", "Schedule", "How the learning rate moves after warm-up. The paper kept it constant.", choices=("constant", "linear", "cosine")
+        "constant",
+        "Schedule",
+        "How the learning rate moves after warm-up. The paper kept it constant.",
+        choices=("constant", "linear", "cosine"),
     )
     warmup_ratio: float = knob(0.03, "Warm-up", "Share of the steps over which the learning rate rises from 0. Paper: 0.03.", low=0, high=1)
     optimizer: str = knob(
@@ -147,8 +172,12 @@ class OptimizationConfig(_Checked):
 class ScheduleConfig(_Checked):
     """When the run measures and saves."""
 
-    eval_steps: int = knob(20, "Evaluate every", "Steps between two measurements of the held-out loss.", unit="steps", low=1, high=1_000_000)
-    save_steps: int = knob(20, "Checkpoint every", "Steps between two checkpoints. A killed run keeps the newest.", unit="steps", low=1, high=1_000_000)
+    eval_steps: int = knob(
+        20, "Evaluate every", "Steps between two measurements of the held-out loss.", unit="steps", low=1, high=1_000_000
+    )
+    save_steps: int = knob(
+        20, "Checkpoint every", "Steps between two checkpoints. A killed run keeps the newest.", unit="steps", low=1, high=1_000_000
+    )
     save_total_limit: int = knob(2, "Checkpoints kept", "Older ones are deleted, so that the disk does not fill.", low=1, high=1000)
 
 
@@ -189,7 +218,9 @@ class RunConfig:
     def from_dict(written: Mapping[str, Any]) -> RunConfig:
         """Inverse of `to_dict`. Raises UserError for a version that this app does not know."""
         if written.get("version") != VERSION:
-            raise UserError(f"This run's config has version {written.get('version')!r}; this app reads version {VERSION}. Use the app that wrote it.")
+            raise UserError(
+                f"This run's config has version {written.get('version')!r}; this app reads version {VERSION}. Use the app that wrote it."
+            )
         flat = {name: value for part, knobs in written.items() if part in PARTS for name, value in knobs.items()}
         return dataclasses.replace(RunConfig(), preset=str(written.get("preset", ""))).with_values(flat)
 
@@ -232,7 +263,7 @@ class Knob:
         """Raise UserError when the value is outside the bounds or not one of the choices."""
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name} is {value!r}: use one of {', '.join(self.choices)}.", field=self.name)
-        if self.low is not None and value < self.low or self.high is not None and value > self.high:
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
             raise UserError(f"{self.name} is {value:g}: it must be {self.requirement()}.", field=self.name)
 
     def requirement(self) -> str:

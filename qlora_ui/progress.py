@@ -1,0 +1,240 @@
+"""Events folded into what a person looks at: phase, status line, time left, thinned curves, log tail.
+
+Pure: knows nothing of disk, Gradio or torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from qlora_ui.events import (
+    AdapterSaved,
+    CheckpointSaved,
+    Event,
+    Failed,
+    Finished,
+    HeldOut,
+    Interrupted,
+    Log,
+    Phase,
+    PhaseProgress,
+    Planned,
+    State,
+    Step,
+    Stopped,
+    StopRequested,
+)
+
+PHASE_WORDS = {
+    "reading": "reading the data",
+    "fetching": "fetching the model",
+    "loading": "loading",
+    "quantizing": "quantizing to 4 bits",
+    "tokenizing": "tokenizing",
+    "training": "training",
+    "saving": "saving",
+}
+
+
+class Curve:
+    """A curve of at most `limit` points. When it is full, neighbours are averaged in pairs and the stride doubles."""
+
+    def __init__(self, limit: int = 600) -> None:
+        self.limit = limit
+        self.stride = 1
+        self.points: list[tuple[int, float]] = []
+        self._bucket: list[float] = []
+
+    def add(self, step: int, value: float) -> None:
+        """Append a value at a step greater than all before."""
+        self._bucket.append(value)
+        if len(self._bucket) < self.stride:
+            return
+        self.points.append((step, sum(self._bucket) / len(self._bucket)))
+        self._bucket = []
+        if len(self.points) >= self.limit:
+            pairs = zip(self.points[::2], self.points[1::2], strict=False)
+            self.points = [(later, (a + b) / 2) for (_, a), (later, b) in pairs]
+            self.stride *= 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveDelta:
+    """What a plot that has seen `count` points of stride `stride` lacks; it starts over when `restart` is true."""
+
+    restart: bool
+    stride: int
+    count: int
+    train: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+    total_steps: int
+
+
+class Progress:
+    """The fold of one run's events: `add` each in order, then look."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: State = "running"
+        self.phase = ""
+        self.phase_progress: PhaseProgress | None = None
+        self.planned: Planned | None = None
+        self.last: Step | None = None
+        self.loss: float | None = None
+        self.held_out_loss: float | None = None
+        self.best: HeldOut | None = None
+        self.train = Curve()
+        self.held_out: list[tuple[int, float]] = []
+        self.log: deque[str] = deque(maxlen=60)
+        self.stopping = False
+        self.adapter_saved = False
+        self.failure: Failed | None = None
+        self.end: Event | None = None
+        self._step_times: deque[float] = deque(maxlen=20)
+
+    @property
+    def step(self) -> int:
+        return self.last.step if self.last else 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.planned.total_steps if self.planned else 0
+
+    @property
+    def share_done(self) -> float:
+        """Of the training, 0 to 1; before it, of the current phase."""
+        if self.phase in ("training", "saving") or self.state != "running":
+            return self.step / self.total_steps if self.total_steps else 0.0
+        return self.phase_progress.done / self.phase_progress.total if self.phase_progress and self.phase_progress.total else 0.0
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds of training left at the pace of the last 20 steps; None before two steps are known."""
+        if self.state != "running" or len(self._step_times) < 2:
+            return None
+        pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
+        return pace * (self.total_steps - self.step)
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        if event.state is not None:
+            self.state = event.state
+        if isinstance(event, Phase):
+            self.phase, self.phase_progress, self.end = event.name, None, None
+        elif isinstance(event, PhaseProgress):
+            self.phase_progress = event
+        elif isinstance(event, Planned):
+            self.planned = event
+        elif isinstance(event, Step):
+            self.last = event
+            self._step_times.append(event.time)
+            if event.loss is not None:
+                self.loss = event.loss
+                self.train.add(event.step, event.loss)
+        elif isinstance(event, HeldOut):
+            self.held_out.append((event.step, event.loss))
+            self.held_out_loss = event.loss
+            self.best = event if self.best is None or event.loss < self.best.loss else self.best
+            self._step_times.clear()  # the time of an evaluation is not the pace of a step
+        elif isinstance(event, StopRequested):
+            self.stopping = True
+        elif isinstance(event, AdapterSaved):
+            self.adapter_saved = True
+        elif isinstance(event, Failed):
+            self.failure = event
+        if event.state not in (None, "running"):
+            self.end = event
+        line = log_line(event)
+        if line:
+            self.log.append(f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {line}")
+
+    def status_line(self) -> str:
+        """One line: name, what it is doing or how it ended, loss, time left."""
+        parts = [self.name]
+        if self.state == "running":
+            doing = PHASE_WORDS.get(self.phase, "starting")
+            if self.phase == "training" and self.total_steps:
+                doing += f" {self.step}/{self.total_steps}"
+            elif self.phase_progress:
+                doing += f" {amount(self.phase_progress)}"
+            parts.append("stopping" if self.stopping else doing)
+            if self.loss is not None:
+                parts.append(f"loss {self.loss:.2f}")
+            if self.eta_seconds is not None and not self.stopping:
+                parts.append(f"{duration(self.eta_seconds)} left")
+        else:
+            parts.append(self.end_sentence())
+            if self.held_out_loss is not None and self.state != "failed":
+                parts.append(f"held-out loss {self.held_out_loss:.2f}")
+        return " · ".join(parts)
+
+    def end_sentence(self) -> str:
+        """How the run ended, in one sentence; empty while it runs."""
+        end = self.end
+        if isinstance(end, Finished):
+            return f"Finished: {end.step} steps, adapter saved"
+        if isinstance(end, Stopped):
+            if end.adapter_saved:
+                return f"Stopped at step {end.step} of {end.total_steps}, adapter saved"
+            return "Stopped before the first step, so there is no adapter"
+        if isinstance(end, Interrupted):
+            return f"Interrupted at step {end.step}"
+        if isinstance(end, Failed):
+            return end.message
+        return ""
+
+    def curves_since(self, stride: int, count: int, held_out_count: int) -> CurveDelta:
+        """The points that a plot lacks which has `count` training points of `stride` and `held_out_count` others."""
+        restart = stride != self.train.stride or count > len(self.train.points) or held_out_count > len(self.held_out)
+        return CurveDelta(
+            restart=restart,
+            stride=self.train.stride,
+            count=len(self.train.points),
+            train=self.train.points[0 if restart else count :],
+            held_out=self.held_out[0 if restart else held_out_count :],
+            total_steps=self.total_steps,
+        )
+
+
+def log_line(event: Event) -> str:
+    """The event as a line of the log; empty for those that would only be noise there."""
+    if isinstance(event, Log):
+        return ("Note: " if event.level == "warning" else "") + event.text
+    if isinstance(event, Phase):
+        return f"{PHASE_WORDS[event.name].capitalize()}{': ' + event.detail if event.detail else ''}"
+    if isinstance(event, Planned):
+        return (
+            f"{event.total_steps} steps over {event.train_rows} rows ({event.held_out_rows} held out); "
+            f"{event.tokens:,} tokens a pass, {event.trained_tokens:,} of them trained on"
+        )
+    if isinstance(event, Step):
+        loss = "not finite" if event.loss is None else f"{event.loss:.4f}"
+        return f"step {event.step}  loss {loss}  lr {event.learning_rate:.2e}  {event.tokens_per_second:.0f} tokens/s"
+    if isinstance(event, HeldOut):
+        return f"step {event.step}  held-out loss {event.loss:.4f}"
+    if isinstance(event, CheckpointSaved):
+        return f"step {event.step}  checkpoint saved"
+    if isinstance(event, StopRequested):
+        return "Stop was asked for"
+    if event.state not in (None, "running"):
+        end = Progress("")
+        end.end = event
+        return end.end_sentence()
+    return ""
+
+
+def amount(progress: PhaseProgress) -> str:
+    """How far a phase is: `12 of 93 MB`, `40 of 272 tensors`."""
+    scale, unit = (1e6, "MB") if progress.unit == "bytes" else (1, progress.unit)
+    done, total = f"{progress.done / scale:,.0f}", f"{progress.total / scale:,.0f}"
+    return f"{done} of {total} {unit}" if progress.total else f"{done} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Short words for a time: `40 s`, `3 min`, `2 h 5 min`."""
+    if seconds < 90:
+        return f"{max(0, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,199 @@
+"""Run folders on disk: the truth about every run. Knows nothing of Gradio or torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from qlora_ui.config import RunConfig
+from qlora_ui.errors import UserError
+from qlora_ui.events import AdapterSaved, CheckpointSaved, Event, Interrupted, State, Step, decode, encode
+
+ENV = "QLORA_UI_HOME"
+DEFAULT_HOME = Path(__file__).resolve().parent.parent / "workspace"
+RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,48}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """The one folder that holds all that a person made with the app."""
+
+    root: Path
+
+    @staticmethod
+    def open(home: str | os.PathLike[str] | None = None) -> Workspace:
+        """The workspace of `--home`, else of QLORA_UI_HOME, else the project's own; made when missing."""
+        root = Path(home or os.environ.get(ENV) or DEFAULT_HOME).expanduser().resolve()
+        workspace = Workspace(root=root)
+        try:
+            for folder in (workspace.runs, workspace.models, workspace.uploads):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The workspace {root} cannot be written ({error.strerror}). Choose another with --home or {ENV}.") from error
+        return workspace
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def uploads(self) -> Path:
+        return self.root / "uploads"
+
+    def lease(self) -> FileLock:
+        """The lock of the device: whoever trains holds it, so that two apps on one workspace cannot train at once."""
+        return FileLock(self.root / "training.lock", thread_local=False)
+
+    def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> Run:
+        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-]."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+            run = Run(folder=self.runs / f"{stamp}-{name}{suffix}")
+            try:
+                run.folder.mkdir()
+            except FileExistsError:
+                continue
+            write_json(run.folder / "config.json", {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+            run.events_path.touch()
+            return run
+        raise UserError("A hundred runs were started within one second; wait a second and start again.")
+
+    def get(self, run_id: str) -> Run:
+        """The run of that id. Raises UserError when there is none, or when the id is no id."""
+        run = Run(folder=self.runs / run_id)
+        if not RUN_ID.fullmatch(run_id) or not run.config_path.is_file():
+            raise UserError(f"There is no run {run_id!r} in {self.runs}. List them with: python -m qlora_ui runs", field="run")
+        return run
+
+    def all(self) -> list[Run]:
+        """All runs, newest first."""
+        found = (Run(folder=folder) for folder in sorted(self.runs.iterdir(), reverse=True) if RUN_ID.fullmatch(folder.name))
+        return [run for run in found if run.config_path.is_file()]
+
+    def settle(self) -> list[Run]:
+        """Close the books of runs whose process is gone: a run without an end whose lock is free was interrupted."""
+        settled = []
+        for run in self.all():
+            if run.state() != "running":
+                continue
+            try:
+                with run.lock().acquire(timeout=0):
+                    if run.state() == "running":  # it may have ended between the two looks
+                        run.append(Interrupted(step=run.last_step()))
+                        settled.append(run)
+            except Timeout:
+                continue  # somebody is training it
+        return settled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder. All of it is read from disk at each call; nothing is remembered here."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def name(self) -> str:
+        """The id without its time stamp."""
+        return self.id[16:]
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def events_path(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The result. It is written aside and renamed: if it exists, it is complete."""
+        return self.folder / "adapter"
+
+    def config(self) -> RunConfig:
+        return RunConfig.from_dict(json.loads(self.config_path.read_text("utf-8")))
+
+    def note(self, **facts: Any) -> None:
+        """Add what was only learned later (model revision, data fingerprint) to the written config."""
+        write_json(self.config_path, {**json.loads(self.config_path.read_text("utf-8")), **facts})
+
+    def facts(self) -> dict[str, Any]:
+        """The whole of `config.json`."""
+        written: dict[str, Any] = json.loads(self.config_path.read_text("utf-8"))
+        return written
+
+    def lock(self) -> FileLock:
+        """Held while the process that trains lives; the system frees it when that process dies."""
+        return FileLock(self.folder / "run.lock", thread_local=False)
+
+    def append(self, event: Event) -> None:
+        """Write one event. It is on its way to disk, whole, when this returns: a kill of the process cannot lose it."""
+        line = (encode(event) + "\n").encode()
+        descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)
+            if event.state is not None:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def size(self) -> int:
+        """Bytes of events so far: the cheap question whether anything is new."""
+        return self.events_path.stat().st_size
+
+    def read(self, offset: int = 0) -> tuple[list[Event], int]:
+        """The events whose lines are complete after `offset` bytes, and the offset to go on from."""
+        with self.events_path.open("rb") as file:
+            file.seek(offset)
+            block = file.read()
+        whole = block[: block.rfind(b"\n") + 1]
+        events = [decode(line.decode("utf-8", "replace")) for line in whole.splitlines()]
+        return [event for event in events if event is not None], offset + len(whole)
+
+    def state(self) -> State:
+        """What the run is in. An end is the last thing a run says, so that the tail of the events tells."""
+        tail, _ = self.read(max(0, self.size() - 65536))
+        return next((event.state for event in reversed(tail) if event.state is not None), "running")
+
+    def last_step(self) -> int:
+        """Number of optimizer steps done."""
+        return max((event.step for event in self.read()[0] if isinstance(event, Step)), default=0)
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints that were reported complete and are still there, oldest first."""
+        said = [event.name for event in self.read()[0] if isinstance(event, CheckpointSaved)]
+        return [self.folder / name for name in dict.fromkeys(said) if (self.folder / name).is_dir()]
+
+    def publish_adapter(self, aside: Path, step: int) -> None:
+        """Make a completely written folder the run's result, in one rename, and say so."""
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        aside.rename(self.adapter)
+        self.append(AdapterSaved(step=step))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    aside.replace(path)
