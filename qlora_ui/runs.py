@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
-from qlora_ui.events import AdapterSaved, CheckpointSaved, Event, Interrupted, State, Step, decode, encode
+from qlora_ui.events import AdapterSaved, CheckpointSaved, Event, Interrupted, State, Step, StopRequested, decode, encode
 
 ENV = "QLORA_UI_HOME"
 DEFAULT_HOME = Path(__file__).resolve().parent.parent / "workspace"
@@ -57,8 +57,11 @@ class Workspace:
         """The lock of the device: whoever trains holds it, so that two apps on one workspace cannot train at once."""
         return FileLock(self.root / "training.lock", thread_local=False)
 
-    def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> Run:
-        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-]."""
+    def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> tuple[Run, FileLock]:
+        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-].
+
+        The run's lock is held on return, and was before the config made the folder a run: nobody can find it orphaned.
+        """
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f"-{n}" for n in range(2, 100))):
             run = Run(folder=self.runs / f"{stamp}-{name}{suffix}")
@@ -66,9 +69,11 @@ class Workspace:
                 run.folder.mkdir()
             except FileExistsError:
                 continue
-            write_json(run.folder / "config.json", {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+            lock = run.lock()
+            lock.acquire(timeout=0)
             run.events_path.touch()
-            return run
+            write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+            return run, lock
         raise UserError("A hundred runs were started within one second; wait a second and start again.")
 
     def get(self, run_id: str) -> Run:
@@ -80,8 +85,21 @@ class Workspace:
 
     def all(self) -> list[Run]:
         """All runs, newest first."""
-        found = (Run(folder=folder) for folder in sorted(self.runs.iterdir(), reverse=True) if RUN_ID.fullmatch(folder.name))
-        return [run for run in found if run.config_path.is_file()]
+        return list(self._newest_first())
+
+    def newest(self) -> Run | None:
+        """The run that was started last, at the cost of one folder listing."""
+        return next(self._newest_first(), None)
+
+    def live(self) -> Run | None:
+        """The run that is training, in whichever process."""
+        return next((run for run in self._newest_first() if run.state() == "running"), None)
+
+    def _newest_first(self) -> Iterator[Run]:
+        for name in sorted(os.listdir(self.runs), reverse=True):
+            run = Run(folder=self.runs / name)
+            if RUN_ID.fullmatch(name) and run.config_path.is_file():
+                yield run
 
     def settle(self) -> list[Run]:
         """Close the books of runs whose process is gone: a run without an end whose lock is free was interrupted."""
@@ -115,6 +133,10 @@ class Run:
         return self.id[16:]
 
     @property
+    def workspace(self) -> Workspace:
+        return Workspace(root=self.folder.parents[1])
+
+    @property
     def config_path(self) -> Path:
         return self.folder / "config.json"
 
@@ -142,6 +164,15 @@ class Run:
     def lock(self) -> FileLock:
         """Held while the process that trains lives; the system frees it when that process dies."""
         return FileLock(self.folder / "run.lock", thread_local=False)
+
+    def request_stop(self) -> None:
+        """Ask whoever trains it, in whichever process, to stop and keep what there is. Twice, or after the end, is no change."""
+        if self.state() == "running" and not self.stop_requested():
+            (self.folder / "stop").touch()
+            self.append(StopRequested())
+
+    def stop_requested(self) -> bool:
+        return (self.folder / "stop").exists()
 
     def append(self, event: Event) -> None:
         """Write one event. It is on its way to disk, whole, when this returns: a kill of the process cannot lose it."""

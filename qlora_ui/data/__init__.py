@@ -1,0 +1,1 @@
+"""Data: where rows come from, what they mean, what was kept. Knows nothing of torch or Gradio."""

@@ -1,0 +1,1 @@
+"""The only rooms that import torch. They know nothing of Gradio."""

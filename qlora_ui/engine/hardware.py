@@ -1,0 +1,104 @@
+"""What this machine computes with, and which compute dtype suits it. Imports torch only when asked."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+
+from qlora_ui.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The device that trains and chats, and the dtype its matrix products run in, with the reason."""
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    cores: int
+    memory_total_gib: float
+    memory_free_gib: float
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    reason: str
+
+    def chip(self) -> str:
+        """One line for the page's header."""
+        if self.kind == "cuda":
+            return f"{self.name} · {self.memory_free_gib:.1f} of {self.memory_total_gib:.1f} GB free · {self.compute_dtype}"
+        return f"CPU · {self.cores} cores · {self.memory_total_gib:.0f} GB · {self.compute_dtype}"
+
+
+def detect(wish: str = "auto") -> Hardware:
+    """Look at the machine. `wish` is the run's compute_dtype; raises UserError when the device cannot serve it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    dtype, reason = _dtype_for_cuda() if cuda else _dtype_for_cpu()
+    if wish == "float16" and not cuda:
+        raise UserError("compute_dtype is 'float16', but there is no GPU here: use auto, float32 or bfloat16.", field="compute_dtype")
+    if wish != "auto":
+        dtype, reason = wish, "chosen in the form"
+    free, total = torch.cuda.mem_get_info() if cuda else (psutil.virtual_memory().available, psutil.virtual_memory().total)
+    return Hardware(
+        kind="cuda" if cuda else "cpu",
+        name=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        cores=os.cpu_count() or 1,
+        memory_total_gib=total / GIB,
+        memory_free_gib=free / GIB,
+        compute_dtype=dtype,  # type: ignore[arg-type]
+        reason=reason,
+    )
+
+
+def torch_dtype(hardware: Hardware) -> torch.dtype:
+    """The compute dtype as torch names it."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, hardware.compute_dtype)
+    return dtype
+
+
+def memory_gib() -> float:
+    """Memory in use: allocated on the GPU, else resident in this process."""
+    import torch
+
+    return (torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss) / GIB
+
+
+def _dtype_for_cuda() -> tuple[str, str]:
+    import torch
+
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", f"{torch.cuda.get_device_name()} has bfloat16 units: as fast as float16, with the range of float32"
+    return "float16", f"{torch.cuda.get_device_name()} has no bfloat16 units; float16 is used with loss scaling"
+
+
+@lru_cache(maxsize=1)
+def _dtype_for_cpu() -> tuple[str, str]:
+    """Time a matrix product of a small model's size in both dtypes: flags do not tell what the libraries make of them."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows, weights = torch.ones(128, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            torch.nn.functional.linear(rows, weights)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    gain = seconds(torch.float32) / seconds(torch.bfloat16)
+    if gain >= 1.25:
+        return "bfloat16", f"this CPU multiplies matrices {gain:.1f} times as fast in bfloat16 as in float32 (timed)"
+    return "float32", f"this CPU gains too little from bfloat16: {gain:.2f} times the speed of float32 (timed)"
