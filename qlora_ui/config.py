@@ -198,6 +198,14 @@ class RunConfig:
         """Rows per optimizer step on one device."""
         return self.optimization.micro_batch_size * self.optimization.gradient_accumulation_steps
 
+    def total_steps(self, train_rows: int) -> int:
+        """Optimizer steps on one device, counted as transformers' Trainer counts them."""
+        if self.optimization.max_steps:
+            return self.optimization.max_steps
+        batches = math.ceil(train_rows / self.optimization.micro_batch_size)
+        steps_an_epoch = max(1, math.ceil(batches / self.optimization.gradient_accumulation_steps))
+        return math.ceil(self.optimization.num_train_epochs * steps_an_epoch)
+
     def values(self) -> dict[str, Any]:
         """Flat: every knob's name and value."""
         return {name: getattr(getattr(self, k.section), name) for name, k in KNOBS.items()}

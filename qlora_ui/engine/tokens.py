@@ -19,6 +19,7 @@ from qlora_ui.data.formats import Message
 from qlora_ui.errors import Cancelled, UserError
 
 IGNORED = -100
+REAL_TOKENS = "real_tokens"
 TEMPLATES = {
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -171,22 +172,25 @@ def pieces(tokenizer: Any, row: Encoded) -> list[tuple[str, bool]]:
 
 
 class Collator:
-    """Rows to a batch: padded at the right to the longest row; counts the real (not padding) tokens that went through."""
+    """Rows to a batch, padded at the right to the longest row."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
-        self.real_tokens = 0
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Three int64 tensors of shape (rows, longest)."""
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor | int]:
+        """Three int64 tensors of shape (rows, longest), and the number of tokens that are not padding."""
         longest = max(len(row["input_ids"]) for row in rows)
-        self.real_tokens += sum(len(row["input_ids"]) for row in rows)
 
         def padded(key: str, filler: int) -> torch.Tensor:
             return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
 
         mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-        return {"input_ids": padded("input_ids", self.pad_token_id), "labels": padded("labels", IGNORED), "attention_mask": mask}
+        return {
+            "input_ids": padded("input_ids", self.pad_token_id),
+            "labels": padded("labels", IGNORED),
+            "attention_mask": mask,
+            REAL_TOKENS: sum(len(row["input_ids"]) for row in rows),
+        }
 
 
 def _plain(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool = False) -> str:

@@ -141,16 +141,17 @@ def make_trainer(
     should_stop: ShouldStop,
 ) -> Trainer:
     """transformers' Trainer, told what the config says, reporting through `emit`."""
-    collator = tokens.Collator(tokenizer.pad_token_id)
-    trainer = Trainer(
+    reporter = Reporter(emit, should_stop, train_rows, held_out_rows)
+    trainer = CountingTrainer(
         model=model,
         args=training_arguments(run, config, hardware, has_held_out=held_out_rows is not None),
         train_dataset=[asdict(row) for row in train_rows.rows],
         eval_dataset=[asdict(row) for row in held_out_rows.rows] if held_out_rows else None,
-        data_collator=collator,
+        data_collator=tokens.Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[Reporter(collator, emit, should_stop, train_rows, held_out_rows)],
+        callbacks=[reporter],
     )
+    trainer.reporter = reporter
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the caller
     if hardware.kind == "cpu" and config.optimization.optimizer.startswith("paged"):
         emit(Log(text="The optimizer's pages only move on a GPU; on CPU it is the same AdamW, unpaged"))
@@ -198,16 +199,25 @@ def training_arguments(run: Run, config: RunConfig, hardware: Hardware, has_held
     )
 
 
+class CountingTrainer(Trainer):
+    """Trainer that counts the real tokens of each training batch, on the host: Trainer's own count waits for the device."""
+
+    reporter: Reporter
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.reporter.step_tokens += inputs.pop(tokens.REAL_TOKENS)
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
+
+
 class Reporter(TrainerCallback):
     """Turns what Trainer does into events, and the wish to stop into Cancelled at the next safe point."""
 
-    def __init__(
-        self, collator: tokens.Collator, emit: Emit, should_stop: ShouldStop, train: tokens.EncodedRows, held_out: tokens.EncodedRows | None
-    ) -> None:
-        self.collator, self.emit, self.should_stop = collator, emit, should_stop
+    def __init__(self, emit: Emit, should_stop: ShouldStop, train: tokens.EncodedRows, held_out: tokens.EncodedRows | None) -> None:
+        self.emit, self.should_stop = emit, should_stop
         self.train_rows, self.held_out_rows = train, held_out
         self.step_started = 0.0
-        self.tokens_before = 0
+        self.step_tokens = 0
 
     def _stop_here(self, *_: Any, **__: Any) -> None:
         if self.should_stop():
@@ -228,7 +238,7 @@ class Reporter(TrainerCallback):
         self._stop_here()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.step_started = time.perf_counter()
+        self.step_started, self.step_tokens = time.perf_counter(), 0
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
@@ -236,14 +246,13 @@ class Reporter(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         seconds = time.perf_counter() - self.step_started
-        real_tokens, self.tokens_before = self.collator.real_tokens - self.tokens_before, self.collator.real_tokens
         self.emit(
             Step(
                 step=state.global_step,
                 loss=finite(logs["loss"]),
                 learning_rate=logs["learning_rate"],
                 grad_norm=finite(logs.get("grad_norm", float("nan"))),
-                tokens_per_second=real_tokens / seconds,
+                tokens_per_second=self.step_tokens / seconds,
                 memory_gib=memory_gib(),
                 epoch=state.epoch or 0.0,
             )
@@ -253,7 +262,6 @@ class Reporter(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
-        self.tokens_before = self.collator.real_tokens  # the held-out rows went through the same collator
         loss = finite((metrics or {}).get("eval_loss", float("nan")))
         if loss is not None:
             self.emit(HeldOut(step=state.global_step, loss=loss))

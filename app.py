@@ -1,0 +1,60 @@
+"""QLoRA UI: parse the flags, build the services, launch the page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from qlora_ui.errors import UserError
+from qlora_ui.runs import Workspace
+
+
+def main() -> int:
+    """Serve the page until Ctrl-C. Exit code 2 for the person's mistake."""
+    parser = argparse.ArgumentParser(description="4-bit QLoRA fine-tuning and chat in a browser.")
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on")
+    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")), help="port to listen on")
+    parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's relay")
+    parser.add_argument("--home", help="the workspace folder (default: QLORA_UI_HOME, else ./workspace)")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    flags = parser.parse_args()
+    try:
+        workspace = Workspace.open(flags.home)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for run in workspace.settle():
+        print(f"{run.id} had been interrupted at step {run.last_step()}; its checkpoints are in {run.folder}")
+    serve(flags, workspace)
+    return 0
+
+
+def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
+    """Launch, then warm up: the page does not wait for torch."""
+    from qlora_ui import services
+    from qlora_ui.ui import app
+
+    warm_up = services.WarmUp()
+    page = app.build(services.build(workspace, warm_up))
+    page.launch(
+        server_name=flags.host,
+        server_port=flags.port,
+        share=flags.share,
+        inbrowser=flags.open,
+        prevent_thread_lock=True,
+        **app.launch_options(),
+    )
+    warm_up.start()
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        page.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Values to HTML, every one escaped: what a row, a log or an error says is text, never markup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from qlora_ui.data.checks import Conversation, Report
+from qlora_ui.progress import Progress, duration
+
+ROLE_WORDS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+SHOWN_CHARACTERS = 2000
+
+
+def error(message: str) -> str:
+    """A sentence about what the person can mend, beside what caused it."""
+    return f'<p class="problem" role="alert">{escape(message)}</p>' if message else ""
+
+
+def note(message: str) -> str:
+    return f'<p class="note">{escape(message)}</p>' if message else ""
+
+
+def status(progress: Progress | None) -> str:
+    """The run bar's line. What is announced to screen readers changes with the phase, not with every step."""
+    if progress is None:
+        return '<div class="status" data-state="idle">No run yet. Choose data, then start training.</div>'
+    said = progress.end_sentence() or progress.phase
+    return (
+        f'<div class="status" data-state="{progress.state}">{escape(progress.status_line())}</div>'
+        f'<div class="visually-hidden" aria-live="polite">{escape(f"{progress.name}: {said}")}</div>'
+    )
+
+
+def bar(progress: Progress | None) -> str:
+    """The thin progress line under the status."""
+    share = 0.0 if progress is None else progress.share_done
+    state = "idle" if progress is None else progress.state
+    return (
+        f'<div class="bar" role="progressbar" aria-label="progress" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{share * 100:.0f}" data-state="{state}"><i style="width:{share * 100:.1f}%"></i></div>'
+    )
+
+
+def tiles(progress: Progress | None) -> str:
+    """The small figures in a row. Always the same seven, so that nothing moves."""
+    last = progress.last if progress else None
+    eta = progress.eta_seconds if progress else None
+    figures = {
+        "step": f"{progress.step} / {progress.total_steps}" if progress and progress.total_steps else "",
+        "loss": f"{progress.loss:.3f}" if progress and progress.loss is not None else "",
+        "held-out": f"{progress.held_out_loss:.3f}" if progress and progress.held_out_loss is not None else "",
+        "learning rate": f"{last.learning_rate:.1e}" if last else "",
+        "tokens/s": f"{last.tokens_per_second:,.0f}" if last else "",
+        "memory": f"{last.memory_gib:.1f} GB" if last else "",
+        "time left": duration(eta) if eta is not None else "",
+    }
+    cells = "".join(f"<div><dt>{name}</dt><dd>{escape(value) or '–'}</dd></div>" for name, value in figures.items())
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def log(progress: Progress | None) -> str:
+    """The last lines of the run's log, and the traceback where it was our bug."""
+    lines = list(progress.log) if progress else []
+    if progress and progress.failure and progress.failure.traceback:
+        lines.append(progress.failure.traceback)
+    text = "\n".join(lines) or "What the run does is written here, line by line."
+    return f'<pre class="log" role="log" tabindex="0" aria-label="Log">{escape(text)}</pre>'
+
+
+def summary(report: Report) -> str:
+    """The report in one line; the dropped rows open under it."""
+    line = f'<p class="headline">{escape(report.summary())}</p><p class="note">Format: {escape(report.format)}</p>'
+    if not report.dropped:
+        return line
+    rows = "".join(f"<tr><td>{dropped.row}</td><td>{escape(dropped.reason)}</td></tr>" for dropped in report.dropped[:200])
+    more = f"<p>{len(report.dropped) - 200} more are in the run's data/report.json.</p>" if len(report.dropped) > 200 else ""
+    return (
+        f"{line}<details><summary>{len(report.dropped)} dropped rows, with reasons</summary>"
+        f"<table><thead><tr><th>Row</th><th>Why it was dropped</th></tr></thead><tbody>{rows}</tbody></table>{more}</details>"
+    )
+
+
+def bubbles(rows: Sequence[Conversation]) -> str:
+    """Conversations as chat bubbles."""
+    cards = []
+    for row in rows:
+        turns = "".join(
+            f'<div class="turn {message.role}"><span>{ROLE_WORDS[message.role]}</span>{escape(_cut(message.content))}</div>'
+            for message in row.messages
+        )
+        cards.append(f'<article class="row-card"><header>Row {row.row}</header>{turns}</article>')
+    return f'<div class="rows">{"".join(cards)}</div>'
+
+
+def token_view(rows: Sequence[Conversation], pieces: Sequence[Sequence[tuple[str, bool]]]) -> str:
+    """Conversations as the model reads them, the trained part tinted and underlined."""
+    legend = '<p class="note"><mark>Tinted and underlined</mark>: trained on. Plain: only read.</p>'
+    cards = []
+    for row, parts in zip(rows, pieces, strict=True):
+        text = "".join(f"<mark>{escape(_cut(part))}</mark>" if trained else escape(_cut(part)) for part, trained in parts)
+        cards.append(f'<article class="row-card"><header>Row {row.row}</header><pre>{text}</pre></article>')
+    return f'{legend}<div class="rows">{"".join(cards)}</div>'
+
+
+def _cut(text: str) -> str:
+    left = len(text) - SHOWN_CHARACTERS
+    return text if left <= 0 else f"{text[:SHOWN_CHARACTERS]} … ({left:,} more characters)"

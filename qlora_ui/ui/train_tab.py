@@ -1,0 +1,116 @@
+"""The Train tab: what a run is told, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from qlora_ui import presets
+from qlora_ui.config import RunConfig
+from qlora_ui.data import checks, sources
+from qlora_ui.errors import UserError
+from qlora_ui.services import Services
+from qlora_ui.ui import form, markup
+from qlora_ui.ui.plots import loss_plot
+
+FIRST_PRESET = "starter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTab:
+    """The components that other tabs and the timer are wired to."""
+
+    preset: gr.Dropdown
+    data_line: gr.HTML
+    plan: gr.HTML
+    names: list[str]
+    fields: list[gr.components.Component]
+    start: gr.Button
+    message: gr.HTML
+    tiles: gr.HTML
+    plot: gr.HTML
+    log: gr.HTML
+
+
+def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab:
+    """Components first, in reading order, then the wiring that stays within the tab."""
+    names = presets.names()
+    first = presets.load(FIRST_PRESET if FIRST_PRESET in names else names[0])
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320, elem_id="train-form"):
+            choices = [(presets.load(name).title, name) for name in names]
+            preset = gr.Dropdown(choices, value=first.name, label="Preset", info=first.about, elem_id="preset-select")
+            model = gr.Dropdown(
+                form.MODEL_CHOICES, value=first.config.model.model, allow_custom_value=True, label="Model", elem_id="model-input"
+            )
+            data_line = gr.HTML(elem_id="train-data")
+            fields: dict[str, gr.components.Component] = {"model": model}
+            fields |= form.main_fields(first.config)
+            fields |= form.advanced_fields(first.config)
+            with gr.Column(elem_id="start-box"):
+                plan = gr.HTML(elem_id="train-plan")
+                message = gr.HTML(elem_id="start-message")
+                start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button")
+        with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
+            tiles = gr.HTML(markup.tiles(None), elem_id="tiles")
+            plot = loss_plot(curves)
+            log = gr.HTML(markup.log(None), elem_id="log-box", autoscroll=True)
+
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    tab = TrainTab(
+        preset=preset,
+        data_line=data_line,
+        plan=plan,
+        names=list(fields),
+        fields=list(fields.values()),
+        start=start,
+        message=message,
+        tiles=tiles,
+        plot=plot,
+        log=log,
+    )
+    preset.input(partial(choose_preset, tab.names), [preset], [preset, *tab.fields], **quiet)
+    return tab
+
+
+def choose_preset(names: list[str], preset: str) -> list[Any]:
+    chosen = presets.load(preset)
+    return [gr.update(info=chosen.about), *form.filled(names, chosen.config.values())]
+
+
+def start(services: Services, names: list[str], preset: str, data: str, *values: Any) -> list[Any]:
+    """Start, or say at the field and above the button why not."""
+    try:
+        services.start(form.read(preset, data, names, values))
+    except UserError as error:
+        return [markup.error(str(error)), *form.marked(names, error)]
+    return ["", *form.marked(names, None)]
+
+
+def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str]:
+    """What is chosen and what Start will do, or what is still wrong with it."""
+    if not data:
+        return markup.note("No data set is chosen. Choose one on the Data tab."), ""
+    rows = services.read_data(data)
+    chosen = markup.note(f"Data: {sources.shown(data)}, {len(rows.conversations):,} rows")
+    try:
+        config = form.read(preset, data, names, values)
+    except UserError as error:
+        return chosen, markup.error(str(error))
+    return chosen, markup.note(plan_words(config, rows))
+
+
+def plan_words(config: RunConfig, rows: checks.DataSet) -> str:
+    """Steps, batch and passes, as the trainer will count them."""
+    train_rows, held_out = checks.split(rows.conversations, config.data.held_out_share, config.optimization.seed)
+    steps = config.total_steps(len(train_rows))
+    passes = steps * config.effective_batch / len(train_rows)
+    return (
+        f"{steps:,} steps of {config.effective_batch} rows ({config.optimization.micro_batch_size} × "
+        f"{config.optimization.gradient_accumulation_steps}), {passes:.1f} passes over {len(train_rows):,} rows; "
+        f"{len(held_out):,} rows held out."
+    )

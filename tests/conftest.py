@@ -1,0 +1,56 @@
+"""What holds for every test: its own workspace, a Hub that refuses at once, no telemetry."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Bound but not listening, and kept: every connection is refused at once, and nobody else can be given this port.
+_closed = socket.socket()
+_closed.bind(("127.0.0.1", 0))
+
+# Before anything imports huggingface_hub, which reads them once. Children inherit them.
+_hf_home = tempfile.TemporaryDirectory(prefix="hf-home-")
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_closed.getsockname()[1]}"
+os.environ["HF_HOME"] = _hf_home.name
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
+for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE", "QLORA_UI_HOME"):
+    os.environ.pop(name, None)
+
+import tiny  # noqa: E402
+
+from qlora_ui.runs import ENV, Workspace  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """QLORA_UI_HOME of this test, not made yet."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv(ENV, str(folder))
+    return folder
+
+
+@pytest.fixture
+def workspace(home: Path) -> Workspace:
+    """An empty workspace."""
+    return Workspace.open(home)
+
+
+@pytest.fixture
+def tiny_workspace(workspace: Workspace) -> Workspace:
+    """A workspace with the tiny model in it, under the name `tiny`."""
+    tiny.tiny_model(workspace.models / tiny.NAME)
+    return workspace
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A file of 12 Alpaca rows."""
+    return tiny.tiny_rows(tmp_path / "rows.json")

@@ -1,0 +1,129 @@
+"""The smallest real things to test with: a random 2-layer Llama with its tokenizer, rows, a config, a run's events."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qlora_ui.config import RunConfig
+from qlora_ui.events import Event
+from qlora_ui.runs import Run, Workspace
+
+NAME = "tiny"
+SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+WORDS = ("the", "and", "ing", "user", "assistant", "Human", "Assistant", "Ġthe", "Ġis", "Ġword", "Ġanswer", "Ġquestion", "Question")
+
+# Unmarked on purpose, as most published templates are: what is trained must be found by rendering.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@functools.cache
+def tiny_tokenizer() -> Any:
+    """Byte-level BPE with every byte and a few merges: any text comes back as it was. Do not change it, it is shared."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    merges = []
+    for word in WORDS:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append((word[: end - 1], word[end - 1]))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@functools.cache
+def _built(tied: bool) -> tempfile.TemporaryDirectory[str]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20261122)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                initializer_range=0.2,  # so that greedy answers are not decided by rounding
+                tie_word_embeddings=tied,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    built = tempfile.TemporaryDirectory(prefix="tiny-model-")
+    model.save_pretrained(built.name)
+    tokenizer.save_pretrained(built.name)
+    return built
+
+
+def tiny_model(folder: Path, *, tied: bool = True) -> Path:
+    """Make `folder` a model: safetensors, config and tokenizer. Built once a process, copied after that."""
+    return Path(shutil.copytree(_built(tied).name, folder))
+
+
+def tiny_rows(path: Path, n: int = 12) -> Path:
+    """Write `n` Alpaca rows of different lengths, every third with an input."""
+    rows = [
+        {
+            "instruction": f"Question {i}: which word is {i}?",
+            "input": f"the {i} and the {i + 1}" if i % 3 == 0 else "",
+            "output": "The answer is" + f" word {i}" * (1 + i % 4) + ".",
+        }
+        for i in range(n)
+    ]
+    path.write_text(json.dumps(rows), "utf-8")
+    return path
+
+
+def tiny_config(data: Path | str, **values: Any) -> RunConfig:
+    """A run of 4 steps on the tiny model, in float32 so that every CPU computes the same; any knob can be set."""
+    small = {
+        "model": NAME,
+        "data": str(data),
+        "prompt_format": "chatml",
+        "compute_dtype": "float32",
+        "max_seq_len": 128,
+        "held_out_share": 0.2,
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "learning_rate": 0.01,
+        "max_steps": 4,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "eval_steps": 2,
+        "save_steps": 2,
+    }
+    return RunConfig().with_values({**small, **values})
+
+
+def tiny_run(workspace: Workspace, data: Path | str, **values: Any) -> Run:
+    """A run folder that nobody trains yet; its lock is free."""
+    run, lock = workspace.create(tiny_config(data, **values), "tiny", {})
+    lock.release()
+    return run
+
+
+def events_of(run: Run, *kinds: type[Event]) -> list[Any]:
+    """The run's events of these kinds, or all."""
+    return [event for event in run.read()[0] if not kinds or isinstance(event, kinds)]
