@@ -9,6 +9,9 @@ import time
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
 from qlora_ui.errors import UserError
 from qlora_ui.runs import Workspace
 
@@ -46,6 +49,7 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
         share=flags.share,
         inbrowser=flags.open,
         prevent_thread_lock=True,
+        app_kwargs={"middleware": host_check(flags)},
         **app.launch_options(),
     )
     warm_up.start()
@@ -54,6 +58,14 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
             time.sleep(3600)
     except KeyboardInterrupt:
         page.close()
+
+
+def host_check(flags: argparse.Namespace) -> list[Middleware]:
+    """On loopback, answer to local names only: else any web page could reach the app through a name that resolves to 127.0.0.1."""
+    behind_a_proxy = flags.share or "SPACE_ID" in os.environ or "COLAB_RELEASE_TAG" in os.environ
+    if behind_a_proxy or flags.host not in ("127.0.0.1", "localhost", "::1"):
+        return []
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "::1"])]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,3 @@ class UserError(Exception):
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
         self.field = field
-
-
-class Cancelled(Exception):
-    """The owner asked to stop; raised at the next safe point of whatever was running, and no error."""

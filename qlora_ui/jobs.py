@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import threading
 import traceback
@@ -13,9 +14,10 @@ from filelock import Timeout
 
 from qlora_ui.config import RunConfig
 from qlora_ui.data import sources
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Failed, Phase, Stopped
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.stopping import Cancelled, abandonable
 
 Train = Callable[[Run, Callable[[Event], None], Callable[[], bool]], None]
 RECORDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gradio")
@@ -24,6 +26,7 @@ RECORDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 def engine_train(run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
     """The real training; its libraries are loaded here, because importing them takes seconds."""
     emit(Phase(name="loading", detail="libraries"))
+    abandonable(lambda: importlib.import_module("qlora_ui.engine.train"), should_stop)
     from qlora_ui.engine.train import train
 
     train(run, emit, should_stop)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from qlora_ui.data.checks import Conversation, DataSet, Dropped, Report, load, prepare, split, write
 from qlora_ui.data.formats import Message
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
+from qlora_ui.stopping import Cancelled
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 

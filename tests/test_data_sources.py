@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from qlora_ui.data import sources
 from qlora_ui.data.sources import BUNDLED, RawRow, check, import_upload, name_of, read
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
+from qlora_ui.stopping import Cancelled
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [{"prompt": "Grüße, 你好", "completion": 'a "quoted"\nline; and, more\t'}, {"prompt": "b", "completion": "c"}]
@@ -373,7 +374,8 @@ class Hub(BaseHTTPRequestHandler):
 CLIENT = """
 import json, sys, time
 from qlora_ui.data import sources
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
+from qlora_ui.stopping import Cancelled
 for reference in sys.argv[1:]:
     begun = time.monotonic()
     try:

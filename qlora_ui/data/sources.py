@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
+from qlora_ui.stopping import Cancelled
 
 BUNDLED_PREFIX = "bundled:"
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")

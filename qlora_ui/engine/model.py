@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from transformers.utils import logging as transformers_logging
 from qlora_ui.config import STARTER_MODEL, AdapterConfig, QuantizationConfig
 from qlora_ui.engine import starter
 from qlora_ui.engine.hardware import Hardware, torch_dtype
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Log, PhaseProgress
+from qlora_ui.stopping import Cancelled, abandonable
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt"]
 Emit = Callable[[Event], None]
@@ -97,23 +99,10 @@ def find(model: str, revision: str, models: Path, emit: Emit, should_stop: Shoul
 
 
 def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop) -> Found:
-    class ReportingBar(tqdm):
-        """The Hub client draws its bytes here; a tick is also where a download can be stopped."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if should_stop():
-                raise Cancelled
-            drawn: bool | None = super().update(n)
-            if self.unit == "B":
-                emit(PhaseProgress(done=int(self.n), total=int(self.total or 0), unit="bytes"))
-            return drawn
-
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES, tqdm_class=ReportingBar, etag_timeout=4))
+        bar = reporting_bar(emit, should_stop, "bytes")
+        options = {"revision": revision, "allow_patterns": WANTED_FILES, "tqdm_class": bar, "etag_timeout": 4}
+        folder = Path(abandonable(lambda: snapshot_download(model, **options), should_stop))
     except GatedRepoError as error:
         raise UserError(f"{model} is gated: accept its licence on its Hub page and set HF_TOKEN to your token.", field="model") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -131,14 +120,24 @@ def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop) ->
     return Found(folder=folder, public_name=model, origin="the Hugging Face Hub", commit=folder.name)
 
 
-class _Nowhere:
-    """A file for progress bars that nobody watches."""
+def reporting_bar(emit: Emit, should_stop: ShouldStop, unit: Literal[bytes, tensors]) -> type[tqdm]:
+    """A progress bar class for libraries: it draws events, twice a second, and each tick is a place to stop."""
 
-    def write(self, text: str) -> int:
-        return len(text)
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)  # the Hub client names its bars; plain tqdm does not know that
+            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO(), "mininterval": 0.5})
 
-    def flush(self) -> None:
-        return None
+        def update(self, n: float | None = 1) -> bool | None:
+            if should_stop():
+                raise Cancelled
+            drawn: bool | None = super().update(n)
+            counts = unit == "tensors" or self.unit == "B"  # the Hub client also has a bar that counts files
+            if counts and (drawn or self.n == self.total):
+                emit(PhaseProgress(done=int(self.n), total=int(self.total or 0), unit=unit))
+            return drawn
+
+    return Bar
 
 
 def load_tokenizer(found: Found) -> Any:
@@ -186,21 +185,9 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
 
 @contextlib.contextmanager
 def _watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
-    """Turn the progress bar of transformers' weight loading into events, and into a place to stop."""
-
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere(), "mininterval": 0.5})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if should_stop():
-                raise Cancelled
-            drawn: bool | None = super().update(n)
-            if drawn or self.n == self.total:
-                emit(PhaseProgress(done=int(self.n), total=int(self.total or 0), unit="tensors"))
-            return drawn
-
-    previous = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: Bar(*args, **kwargs))
+    """Draw the progress bar of transformers' weight loading with events."""
+    bar = reporting_bar(emit, should_stop, "tensors")
+    previous = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: bar(*args, **kwargs))
     try:
         yield
     finally:

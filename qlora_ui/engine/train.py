@@ -18,7 +18,7 @@ from qlora_ui.data import checks
 from qlora_ui.engine import tokens
 from qlora_ui.engine.hardware import Hardware, detect, memory_gib
 from qlora_ui.engine.model import Found, add_adapter, find, load_quantized, load_tokenizer
-from qlora_ui.errors import Cancelled, UserError
+from qlora_ui.errors import UserError
 from qlora_ui.events import (
     CheckpointSaved,
     Event,
@@ -33,6 +33,7 @@ from qlora_ui.events import (
     finite,
 )
 from qlora_ui.runs import Run
+from qlora_ui.stopping import Cancelled
 
 Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]

@@ -14,7 +14,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_tab, markup, run_bar, theme, train_tab
+from qlora_ui.ui import chat_tab, data_tab, form, markup, run_bar, theme, train_tab
 
 NOTHING_SEEN: dict[str, Any] = {"run": "", "size": -1, "device": False}
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -61,10 +61,18 @@ def wire(
     look = partial(news, services)
     timer.tick(look, [seen, chat.run], live, queue=False, **QUIET)
 
+    # What a person has set but not started yet lives in their browser; everything else is the server's.
+    draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
     form_values = [train.preset, data.chosen, *train.fields]
     plan = partial(train_tab.describe_plan, services, train.names)
-    gr.on([page.load, data.chosen.change, *[f.change for f in train.fields]], plan, form_values, [train.data_line, train.plan], **QUIET)
-    page.load(partial(opened, services), None, [data.summary, data.preview], **QUIET)
+    page.load(
+        partial(opened, services, train.names),
+        [draft],
+        [train.preset, *train.fields, data.chosen, data.page, data.summary, data.preview, data.use],
+        **QUIET,
+    ).then(plan, form_values, [train.data_line, train.plan, draft], **QUIET)
+    changes = [data.chosen.change, train.preset.input, *[f.change for f in train.fields]]
+    gr.on(changes, plan, form_values, [train.data_line, train.plan, draft], trigger_mode="always_last", **QUIET)
 
     rows_of = [data.chosen, data.page, data.view, train.preset]
     gr.on(
@@ -82,10 +90,16 @@ def wire(
     bar.chat.click(partial(talk_to_newest, services), None, [tabs, chat.run], **QUIET)
 
 
-def opened(services: Services) -> list[Any]:
-    """A page was opened: close the books of runs whose process died, and show the bundled rows."""
+def opened(services: Services, names: list[str], draft: dict[str, Any]) -> list[Any]:
+    """A page was opened: close the books of runs whose process died, and put back what was set here last."""
     services.workspace.settle()
-    return data_tab.choose(services, "bundled:guanaco-starter")[2:4]
+    try:
+        config = presets.load(draft["preset"]).config.with_values(draft["values"])
+        reference, *shown = data_tab.choose(services, config.data.data)
+    except (UserError, KeyError):  # a first visit, or a draft of another version
+        config = presets.load(train_tab.first_preset()).config
+        reference, *shown = data_tab.choose(services, config.data.data)
+    return [gr.update(value=config.preset), *form.filled(names, config.values()), reference, *shown]
 
 
 def show_rows(services: Services, names: list[str], chosen: str, page: int, view: str, preset: str, *values: Any) -> str:

@@ -96,7 +96,7 @@ def answer(
             yield [*columns(spoken, base), markup.note(f"{answers.tokens} tokens · {speed:.1f} tokens/s · seed {drawn.seed}"), gr.skip()]
     except UserError as error:
         yield [tuned, base, markup.error(str(error)), text]
-    except Exception as error:  # noqa: BLE001 - an error while answering is shown in its place, and the next answer works
+    except Exception as error:  # shown in the answer's place; the next answer works
         yield [tuned, base, markup.error(f"The answer broke off: {error}. Send again, or choose another run."), text]
         raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def build(services: Services) -> DataTab:
 def bundled_card() -> str:
     """The bundled sets, each with rows, licence and use."""
     cards = (
-        f'<article class="set-card"><h4>{markup.escape(b.title)}</h4><p>{markup.escape(b.about)}</p>'
-        f'<p class="note">{b.rows} rows · {markup.escape(b.licence)}</p></article>'
+        f'<article class="set-card"><h4>{escape(b.title)}</h4><p>{escape(b.about)}</p>'
+        f'<p class="note">{b.rows} rows · {escape(b.licence)}</p></article>'
         for b in sources.BUNDLED.values()
     )
     return "".join(cards)

@@ -58,7 +58,7 @@ function take(answer) {
   plot.total = answer.total_steps;
   // An exponential moving average with bias correction. Its memory is counted in steps, not in points, so that the
   // line keeps its shape when the server halves the points.
-  const memory = Math.max(6, plot.total / 25);
+  const memory = Math.max(6, plot.total / 50);
   let sum = 0;
   let weight = 0;
   plot.smooth = plot.train.map(([step, loss], i) => {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -57,8 +58,8 @@ def device_chip(hardware: Any) -> str:
     if hardware is None:
         return '<span class="chip">Looking at the device…</span>'
     return (
-        f'<details class="chip"><summary>{markup.escape(hardware.chip())}</summary>'
-        f"<p>Computes in {markup.escape(hardware.compute_dtype)}: {markup.escape(hardware.reason)}.</p></details>"
+        f'<details class="chip"><summary>{escape(hardware.chip())}</summary>'
+        f"<p>Computes in {escape(hardware.compute_dtype)}: {escape(hardware.reason)}.</p></details>"
     )
 
 

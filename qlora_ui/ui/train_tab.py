@@ -20,6 +20,11 @@ from qlora_ui.ui.plots import loss_plot
 FIRST_PRESET = "starter"
 
 
+def first_preset() -> str:
+    """The preset that a first visit finds filled in."""
+    return FIRST_PRESET if FIRST_PRESET in presets.names() else presets.names()[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainTab:
     """The components that other tabs and the timer are wired to."""
@@ -39,7 +44,7 @@ class TrainTab:
 def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab:
     """Components first, in reading order, then the wiring that stays within the tab."""
     names = presets.names()
-    first = presets.load(FIRST_PRESET if FIRST_PRESET in names else names[0])
+    first = presets.load(first_preset())
     with gr.Row():
         with gr.Column(scale=2, min_width=320, elem_id="train-form"):
             choices = [(presets.load(name).title, name) for name in names]
@@ -91,17 +96,17 @@ def start(services: Services, names: list[str], preset: str, data: str, *values:
     return ["", *form.marked(names, None)]
 
 
-def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str]:
-    """What is chosen and what Start will do, or what is still wrong with it."""
+def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str, Any]:
+    """What is chosen and what Start will do, or what is still wrong with it; and the draft, once it is right."""
     if not data:
-        return markup.note("No data set is chosen. Choose one on the Data tab."), ""
+        return markup.note("No data set is chosen. Choose one on the Data tab."), "", gr.skip()
     rows = services.read_data(data)
     chosen = markup.note(f"Data: {sources.shown(data)}, {len(rows.conversations):,} rows")
     try:
         config = form.read(preset, data, names, values)
     except UserError as error:
-        return chosen, markup.error(str(error))
-    return chosen, markup.note(plan_words(config, rows))
+        return chosen, markup.error(str(error)), gr.skip()
+    return chosen, markup.note(plan_words(config, rows)), {"preset": preset, "values": config.values()}
 
 
 def plan_words(config: RunConfig, rows: checks.DataSet) -> str:
