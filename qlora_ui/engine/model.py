@@ -6,8 +6,9 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -101,8 +102,8 @@ def find(model: str, revision: str, models: Path, emit: Emit, should_stop: Shoul
 def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop) -> Found:
     try:
         bar = reporting_bar(emit, should_stop, "bytes")
-        options = {"revision": revision, "allow_patterns": WANTED_FILES, "tqdm_class": bar, "etag_timeout": 4}
-        folder = Path(abandonable(lambda: snapshot_download(model, **options), should_stop))
+        fetch = partial(snapshot_download, model, revision=revision, allow_patterns=WANTED_FILES, tqdm_class=bar, etag_timeout=4)
+        folder = Path(abandonable(fetch, should_stop))
     except GatedRepoError as error:
         raise UserError(f"{model} is gated: accept its licence on its Hub page and set HF_TOKEN to your token.", field="model") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -120,7 +121,7 @@ def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop) ->
     return Found(folder=folder, public_name=model, origin="the Hugging Face Hub", commit=folder.name)
 
 
-def reporting_bar(emit: Emit, should_stop: ShouldStop, unit: Literal[bytes, tensors]) -> type[tqdm]:
+def reporting_bar(emit: Emit, should_stop: ShouldStop, unit: Literal["bytes", "tensors"]) -> type[tqdm]:
     """A progress bar class for libraries: it draws events, twice a second, and each tick is a place to stop."""
 
     class Bar(tqdm):
