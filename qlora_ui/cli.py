@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the person's mistake (said on stderr), 1 our bug (its trac
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 import threading
@@ -25,6 +26,9 @@ from qlora_ui.runs import Run, Workspace
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal's encoding cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: int = arguments.command(arguments, Workspace.open(arguments.home))
         return code

@@ -252,15 +252,15 @@ class Knob:
     def parse(self, value: Any) -> Any:
         """The value in the knob's type, from text, a form or YAML. Raises UserError when it has no such reading."""
         if self.kind is str:
-            return str(value).strip()
+            return "" if value is None else str(value).strip()
         if self.kind is bool:
             words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
             if str(value).strip().lower() in words:
                 return words[str(value).strip().lower()]
             raise UserError(f"{self.name} is {value!r}: use true or false.", field=self.name)
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or (self.kind is int and number != int(number)):
             shown = "empty" if value in (None, "") else repr(value)
@@ -272,12 +272,13 @@ class Knob:
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name} is {value!r}: use one of {', '.join(self.choices)}.", field=self.name)
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
-            raise UserError(f"{self.name} is {value:g}: it must be {self.requirement()}.", field=self.name)
+            raise UserError(f"{self.name} is {value}: it must be {self.requirement()}.", field=self.name)
 
     def requirement(self) -> str:
         """In words: what a number must be."""
         noun = "a whole number" if self.kind is int else "a number"
-        bounds = f" from {self.low:,g} to {self.high:,g}" if self.low is not None and self.high is not None else ""
+        shown = "{:,.0f}" if self.kind is int else "{:g}"
+        bounds = f" from {shown.format(self.low)} to {shown.format(self.high)}" if self.low is not None and self.high is not None else ""
         return noun + bounds + (f" ({self.unit})" if self.unit else "")
 
 

@@ -69,8 +69,11 @@ class Jobs:
 
     def _execute(self, run: Run, locks: ExitStack) -> None:
         with locks:
-            self._make_room()
-            execute(run, self._train)
+            execute(run, self._train_in_its_room)
+
+    def _train_in_its_room(self, run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
+        abandonable(self._make_room, should_stop)  # a chat that is still loading its model gives nothing back until it has
+        self._train(run, emit, should_stop)
 
 
 def execute(run: Run, train: Train) -> None:
@@ -80,10 +83,11 @@ def execute(run: Run, train: Train) -> None:
     except Cancelled:
         run.append(Stopped(step=0, total_steps=0, adapter_saved=False))
     except UserError as error:
-        run.append(Failed(message=str(error)))
+        run.append(Failed(message=str(error)[:2000]))
     except BaseException as error:  # noqa: BLE001 - the run's books must be closed; the traceback is kept in them
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        run.append(Failed(message=f"Training broke off at step {run.last_step()}: {reason[0][:300]}", traceback=traceback.format_exc()))
+        told = traceback.format_exc()[-8000:]  # an end must stay short: whoever asks for the state reads the last 64 KiB only
+        run.append(Failed(message=f"Training broke off at step {run.last_step()}: {reason[0][:300]}", traceback=told))
 
 
 def run_name(config: RunConfig) -> str:

@@ -34,7 +34,7 @@ def load(name: str, folder: Path = FOLDER) -> Preset:
         return Preset(name=name, title=written["title"], about=written["about"], config=config)
     except UserError as error:
         raise UserError(f"Preset {path.name}: {error}", field="preset") from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"Preset {path.name} cannot be read: it needs title, about and settings ({error}).", field="preset") from error
 
 

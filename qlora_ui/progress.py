@@ -42,7 +42,7 @@ class Curve:
     """A curve of at most `limit` points. When it is full, neighbours are averaged in pairs and the stride doubles."""
 
     def __init__(self, limit: int = 600) -> None:
-        self.limit = limit
+        self.limit = limit - limit % 2  # halved in pairs, so that no point is left over
         self.stride = 1
         self.points: list[tuple[int, float]] = []
         self._bucket: list[float] = []
@@ -145,7 +145,7 @@ class Progress:
         elif isinstance(event, Failed):
             self.failure = event
         if event.state not in (None, "running"):
-            self.end = event
+            self.end, self.stopping = event, False
         line = log_line(event)
         if line:
             self.log.append(f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {line}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -20,7 +22,7 @@ from qlora_ui.events import AdapterSaved, CheckpointSaved, Event, Interrupted, S
 
 ENV = "QLORA_UI_HOME"
 DEFAULT_HOME = Path(__file__).resolve().parent.parent / "workspace"
-RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,48}")
+RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,51}")  # a name of up to 48, and -2 to -99 for the same second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,14 @@ class Workspace:
             except FileExistsError:
                 continue
             lock = run.lock()
-            lock.acquire(timeout=0)
-            run.events_path.touch()
-            write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+            try:
+                lock.acquire(timeout=0)
+                run.events_path.touch()
+                write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+            except BaseException:  # a full disk, say: what is no run must not stay
+                lock.release()
+                shutil.rmtree(run.folder, ignore_errors=True)
+                raise
             return run, lock
         raise UserError("A hundred runs were started within one second; wait a second and start again.")
 
@@ -92,7 +99,8 @@ class Workspace:
         return next(self._newest_first(), None)
 
     def live(self) -> Run | None:
-        """The run that is training, in whichever process."""
+        """The run that is training, in whichever process; one whose process was killed since is settled by the look."""
+        self.settle()
         return next((run for run in self._newest_first() if run.state() == "running"), None)
 
     def _newest_first(self) -> Iterator[Run]:
@@ -167,8 +175,10 @@ class Run:
 
     def request_stop(self) -> None:
         """Ask whoever trains it, in whichever process, to stop and keep what there is. Twice, or after the end, is no change."""
-        if self.state() == "running" and not self.stop_requested():
-            (self.folder / "stop").touch()
+        if self.state() != "running":
+            return
+        with contextlib.suppress(FileExistsError):  # of two who ask at once, one is first
+            (self.folder / "stop").touch(exist_ok=False)
             self.append(StopRequested())
 
     def stop_requested(self) -> bool:
@@ -176,10 +186,15 @@ class Run:
 
     def append(self, event: Event) -> None:
         """Write one event. It is on its way to disk, whole, when this returns: a kill of the process cannot lose it."""
-        line = (encode(event) + "\n").encode()
-        descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        line = encodable(encode(event) + "\n")
+        descriptor = os.open(self.events_path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
+            if os.lseek(descriptor, 0, os.SEEK_END):
+                os.lseek(descriptor, -1, os.SEEK_END)
+                if os.read(descriptor, 1) != b"\n":
+                    line = b"\n" + line  # a full disk or a power cut tore the last line: it must not swallow this one
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_path))
             if event.state is not None:
                 os.fsync(descriptor)
         finally:
@@ -218,13 +233,25 @@ class Run:
             if file.is_file():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
-        shutil.rmtree(self.adapter, ignore_errors=True)
+        replaced = self.folder / "adapter.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.adapter.exists():
+            self.adapter.rename(replaced)  # never deleted in place: half a folder must not bear the name
         aside.rename(self.adapter)
+        shutil.rmtree(replaced, ignore_errors=True)
         self.append(AdapterSaved(step=step))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees the old or the new one, never half of it."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    with aside.open("wb") as file:
+        file.write(encodable(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
     aside.replace(path)
+
+
+def encodable(json_text: str) -> bytes:
+    """JSON in UTF-8. A lone surrogate (a file name that is not UTF-8) becomes its escape, which means the same in JSON."""
+    return json_text.encode("utf-8", "backslashreplace")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Bound but not listening, and kept: every connection is refused at once, and nobody else can be given this port.
 _closed = socket.socket()
@@ -24,9 +26,14 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [os.envi
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE", "QLORA_UI_HOME"):
     os.environ.pop(name, None)
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plain `pytest` puts only this folder there
+
 import tiny  # noqa: E402
 
 from qlora_ui.runs import ENV, Workspace  # noqa: E402
+
+settings.register_profile("house", deadline=None)  # two busy cores say nothing about an example
+settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)

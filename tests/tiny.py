@@ -15,7 +15,7 @@ from qlora_ui.runs import Run, Workspace
 
 NAME = "tiny"
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
-WORDS = ("the", "and", "ing", "user", "assistant", "Human", "Assistant", "Ġthe", "Ġis", "Ġword", "Ġanswer", "Ġquestion", "Question")
+WORDS = ("the", "and", "ing", "user", "assistant", "Human", "Assistant", "Ġthe", "Ġis", "Ġword", "Ġanswer", "Ġquestion", "Question", "ĊĊ", "ĠĠ")
 
 # Unmarked on purpose, as most published templates are: what is trained must be found by rendering.
 CHAT_TEMPLATE = (

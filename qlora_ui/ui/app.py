@@ -16,7 +16,6 @@ from qlora_ui.runs import Run
 from qlora_ui.services import Services
 from qlora_ui.ui import chat_tab, data_tab, form, markup, run_bar, theme, train_tab
 
-NOTHING_SEEN: dict[str, Any] = {"run": "", "size": -1, "device": False}
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -31,7 +30,7 @@ def build(services: Services) -> gr.Blocks:
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
                 chat = chat_tab.build(services)
-        seen = gr.State(NOTHING_SEEN)
+        seen = gr.Textbox(visible="hidden", label="What there is to see", elem_id="seen")
         timer = gr.Timer(1.0)
         wire(services, bar, tabs, data, train, chat, seen, timer, page)
         gr.api(scripted_start(services), api_name="start_training")
@@ -52,14 +51,16 @@ def wire(
     data: data_tab.DataTab,
     train: train_tab.TrainTab,
     chat: chat_tab.ChatTab,
-    seen: gr.State,
+    seen: gr.Textbox,
     timer: gr.Timer,
     page: gr.Blocks,
 ) -> None:
     """Everything that crosses from one tab to another."""
-    live = [seen, bar.chip, bar.status, bar.progress, bar.stop, bar.chat, train.tiles, train.plot, train.log, chat.run]
-    look = partial(news, services)
-    timer.tick(look, [seen, chat.run], live, queue=False, **QUIET)
+    # Two steps, so that a tick without news touches no component: only a change of what was seen redraws.
+    look = partial(glance, services)
+    timer.tick(look, None, [seen], queue=False, **QUIET)
+    shown = [bar.chip, bar.status, bar.progress, bar.stop, bar.chat, train.tiles, train.plot, train.log, chat.run]
+    seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
     draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
@@ -85,8 +86,8 @@ def wire(
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 
     started = partial(train_tab.start, services, train.names)
-    train.start.click(started, form_values, [train.message, *train.fields], **QUIET).then(look, [seen, chat.run], live, **QUIET)
-    bar.stop.click(partial(run_bar.stop, services), None, [bar.message], **QUIET).then(look, [seen, chat.run], live, **QUIET)
+    train.start.click(started, form_values, [train.message, *train.fields], **QUIET).then(look, None, [seen], **QUIET)
+    bar.stop.click(partial(run_bar.stop, services), None, [bar.message], **QUIET).then(look, None, [seen], **QUIET)
     bar.chat.click(partial(talk_to_newest, services), None, [tabs, chat.run], **QUIET)
 
 
@@ -106,27 +107,27 @@ def show_rows(services: Services, names: list[str], chosen: str, page: int, view
     return data_tab.show_rows(services, chosen, page, view, preset, names, *values)
 
 
-def news(services: Services, seen: dict[str, Any], talking_to: str | None) -> Any:
-    """The timer's question. Without news it costs a folder listing and a stat, and redraws nothing."""
+def glance(services: Services) -> str:
+    """The timer's question: what is there to see? It costs a folder listing and a stat."""
     run = services.workspace.newest()
-    hardware = services.hardware()
-    now = {"run": run.id if run else "", "size": run.size() if run else 0, "device": hardware is not None}
-    if now == seen:
-        return [gr.skip()] * 10
+    return f"{run.id if run else 'no run'} {run.size() if run else 0} {'device' if services.hardware() else 'no device yet'}"
+
+
+def redraw(services: Services, talking_to: str | None) -> list[Any]:
+    """Everything that shows the newest run."""
+    run = services.workspace.newest()
     progress = services.watch.progress(run) if run else None
     running = progress is not None and progress.state == "running"
-    talkable = progress is not None and progress.adapter_saved and not running
     return [
-        now,
-        run_bar.device_chip(hardware) if now["device"] != seen["device"] else gr.skip(),
+        run_bar.device_chip(services.hardware()),
         markup.status(progress),
         markup.bar(progress),
         gr.update(interactive=running and not (progress and progress.stopping)),
-        gr.update(interactive=talkable),
+        gr.update(interactive=progress is not None and progress.adapter_saved and not running),
         markup.tiles(progress),
-        {"run": now["run"], "version": now["size"]},
+        {"run": run.id if run else "", "version": run.size() if run else 0},
         markup.log(progress),
-        run_choices(services, talking_to) if not running or now["run"] != seen["run"] else gr.skip(),
+        gr.skip() if running else run_choices(services, talking_to),
     ]
 
 

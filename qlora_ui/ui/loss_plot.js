@@ -1,5 +1,5 @@
 // The live loss plot: the body of gr.HTML's js_on_load, a function of (element, trigger, props, server, upload, watch).
-// It runs anew each time Gradio mounts the component, and that is every time its tab is selected.
+// It runs anew each time Gradio mounts the component: when its tab is first opened, when its column is shown again.
 
 const find = (selector) => element.querySelector(selector);
 const host = element.closest("#loss-plot") ?? element; // carries the data attributes, for tests and scripts
@@ -7,7 +7,7 @@ const canvas = find("canvas");
 const pen = canvas.getContext("2d");
 const [empty, reset, tip, details] = [".empty", ".reset", ".tip", "details"].map(find);
 
-// What was drawn outlives the component: coming back to the tab shows the same curve at once, zoom included.
+// What was drawn outlives the component: a later mount shows the same curve at once, zoom included.
 const startOver = (run) =>
   (window.lossPlot = { run, stride: 0, count: 0, heldOutCount: 0, train: [], heldOut: [], smooth: [], total: 0, zoom: null });
 let plot = window.lossPlot ?? startOver("");
@@ -17,32 +17,33 @@ let [look, view, frame] = [null, null, 0]; // colours and fonts; where things ar
 
 // --- Points: ask for those that are missing, one request at a time ---
 
-let [asking, askAgain, behind, pause] = [false, false, false, 1000];
+let [asking, askAgain, behind] = [false, false, false];
 
 async function ask() {
+  forgetOtherRun();
   if (asking) return void (askAgain = true);
   asking = true;
   do {
     askAgain = false;
-    const run = props.value?.run ?? "";
-    if (run !== plot.run) plot = startOver(run); // never a moment of another run's points
-    schedule();
-    if (!run) break;
+    forgetOtherRun();
+    if (!plot.run) break;
+    const asked = plot;
     // A failed call answers undefined (Gradio's client logs it), and so does one that hangs.
     const late = new Promise((resolve) => setTimeout(resolve, 20000));
-    const answer = await Promise.race([server.loss_points(run, plot.stride, plot.count, plot.heldOutCount), late]);
+    const answer = await Promise.race([server.loss_points(plot.run, plot.stride, plot.count, plot.heldOutCount), late]);
     if (!element.isConnected) return; // a later mount owns the points now and would get these twice
     behind = !answer;
-    if (behind) {
-      setTimeout(() => element.isConnected && ask(), pause);
-      pause = Math.min(2 * pause, 30000);
-      break;
-    }
-    pause = 1000;
-    if ((props.value?.run ?? "") === run) take(answer);
-    else askAgain = true;
-  } while (askAgain);
+    if (behind) setTimeout(() => element.isConnected && ask(), 2000);
+    else if (plot === asked) take(answer);
+  } while (askAgain && !behind);
   asking = false;
+  schedule();
+}
+
+/** The plot never shows a moment of another run than its value names. */
+function forgetOtherRun() {
+  const run = props.value?.run ?? "";
+  if (run !== plot.run) plot = startOver(run);
   schedule();
 }
 
@@ -212,10 +213,10 @@ function drawAxes(some) {
     line([[some ? left : 0, level], [some ? right : width, level]], look.grid, 1, level > bottom ? 1 : 0.55);
     if (some) text(at.toFixed(digits), left - 8, level, look.quiet, "right");
   }
-  if (behind) text("The server does not answer. Trying again.", width / 2, 8, look.quiet, "center");
+  if (behind) text("The server does not answer. Trying again.", left + 8, bottom - 12, look.quiet);
   if (!some) return;
   text("loss", 0, 8, look.quiet);
-  const marks = ticks(from, to, Math.max(2, (right - left) / 75)).map(({ at }) => at).filter(Number.isInteger);
+  const marks = ticks(from, to, Math.min(to - from, Math.max(2, (right - left) / 75))).map(({ at }) => at);
   if (!plot.zoom) {
     // The end of the run is always named: it says how far there is to go.
     while (x(to) - x(marks.at(-1)) < 12 + 7 * whole(to).length) marks.pop();
@@ -226,24 +227,26 @@ function drawAxes(some) {
 }
 
 function drawCurves() {
-  const { left, right, top, bottom, seen, place } = view;
+  const { left, right, top, bottom, from, to, seen, place } = view;
+  const heldOut = seen(plot.heldOut);
   pen.save();
   pen.beginPath();
-  pen.rect(left - 6, top - 6, right - left + 12, bottom - top + 12); // dots on the border stay round
+  pen.rect(left, top - 6, right - left, bottom - top + 6);
   pen.clip();
   line(seen(plot.train).map(place), look.train, 1, 0.35);
   line(seen(plot.smooth).map(place), look.train, 2);
-  if (plot.smooth.length) dot(plot.smooth.at(-1), look.train, 3);
-  const heldOut = seen(plot.heldOut);
   line(heldOut.map(place), look.heldOut, 2);
-  for (const point of heldOut) dot(point, look.heldOut, Math.min(3.5, Math.max(1.5, (right - left) / heldOut.length / 4)));
-  if (best()) {
+  pen.restore(); // dots on the border stay round
+  const inside = (point) => point && point[0] >= from && point[0] <= to;
+  const radius = Math.min(3.5, Math.max(1.5, (right - left) / heldOut.length / 4));
+  if (inside(plot.smooth.at(-1))) dot(plot.smooth.at(-1), look.train, 3);
+  for (const point of heldOut.filter(inside)) dot(point, look.heldOut, radius);
+  if (inside(best())) {
     pen.beginPath();
     pen.arc(...place(best()), 7.5, 0, 7);
-    pen.lineWidth = 1.5;
+    Object.assign(pen, { strokeStyle: look.heldOut, lineWidth: 1.5 });
     pen.stroke();
   }
-  pen.restore();
 }
 
 /** The name and the last number of each line, at its end; the name alone where the zoom cuts the line off. */
@@ -292,7 +295,7 @@ function drawCrosshair() {
   find(".at").textContent = `step ${whole(step)}`;
   find(".raw b").textContent = exact(loss);
   find(".smooth b").textContent = exact(plot.smooth[i][1]);
-  find(".held span").textContent = heldOut && heldOut[0] !== step ? `held-out, at ${whole(heldOut[0])}` : "held-out";
+  find(".held span").textContent = heldOut && heldOut[0] !== step ? `held-out at ${whole(heldOut[0])}` : "held-out";
   find(".held b").textContent = heldOut ? exact(heldOut[1]) : "–";
   const beside = at + 14 + tip.offsetWidth > view.width ? at - 14 - tip.offsetWidth : at + 14;
   tip.style.transform = `translate(${Math.max(0, beside)}px, ${view.top - 4}px)`;
@@ -308,6 +311,7 @@ function describe() {
   const parts = [`Loss curve: step ${whole(lastStep())} of ${whole(wholeRange()[1])}`];
   if (training) parts.push(`training loss ${short(training[1])}`);
   if (heldOut) parts.push(`held-out loss ${short(heldOut[1])}, best ${short(low[1])} at step ${whole(low[0])}`);
+  if (behind) parts.push("the server does not answer");
   canvas.setAttribute("aria-label", parts.length > 1 ? parts.join(", ") : empty.textContent);
   if (details.open) fillTable();
 }
@@ -378,13 +382,12 @@ reset.addEventListener("click", () => (showAll(), canvas.focus()));
 
 canvas.addEventListener("keydown", (event) => {
   if (event.key === "Escape") return showAll();
-  if (event.ctrlKey || event.metaKey || event.altKey || !plot.train.length) return;
   const [from, to] = plot.zoom ?? wholeRange();
   const [first, last] = [lastBefore(plot.train, from - 1e-9) + 1, lastBefore(plot.train, to)];
   const [now, jump] = [cursor === null ? last + 1 : nearest(cursor), event.shiftKey ? 10 : 1];
   const target = { ArrowLeft: now - jump, ArrowRight: now + jump, Home: first, End: last }[event.key];
   const half = { "+": (to - from) / 4, "=": (to - from) / 4, "-": to - from }[event.key]; // of the range after zooming
-  if (target === undefined && !half) return;
+  if ((target === undefined && !half) || last < first || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault(); // or the page scrolls
   if (half) return zoomTo((cursor ?? (from + to) / 2) - half, (cursor ?? (from + to) / 2) + half);
   const i = Math.min(last, Math.max(first, target));
@@ -410,7 +413,7 @@ const sizes = new ResizeObserver(refresh);
 function refresh() {
   look = null;
   if (element.isConnected) return schedule();
-  themes.disconnect(); // or every visit of the tab would leave its canvas and its listeners behind
+  themes.disconnect(); // or every mount would leave its canvas and its listeners behind
   sizes.disconnect();
   gone.abort();
 }

@@ -21,7 +21,7 @@ TEMPLATE = """
   <button class="reset" type="button" hidden></button>
   <div class="tip" aria-hidden="true" hidden>
     <div class="at"></div>
-    <div class="raw"><i></i><span>training, raw</span><b></b></div>
+    <div class="raw"><i></i><span>training</span><b></b></div>
     <div class="smooth"><i></i><span>smoothed</span><b></b></div>
     <div class="held"><i></i><span></span><b></b></div>
   </div>
@@ -52,7 +52,8 @@ background: var(--block-background-fill); color: var(--body-text-color); font-si
 font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums;
 [hidden] { display: none; }
 .frame { position: relative; height: 300px; }
-canvas { position: absolute; inset: 0; width: 100%; height: 100%; cursor: crosshair; touch-action: pan-y; user-select: none; border-radius: 4px; }
+canvas { position: absolute; inset: 0; width: 100%; height: 100%; cursor: crosshair; touch-action: pan-y; user-select: none;
+  border-radius: 4px; }
 .empty { position: absolute; top: calc(50% + 1px); left: 50%; width: max-content; max-width: 85%; margin: 0; padding: 4px 16px;
   transform: translate(-50%, -50%); background: var(--block-background-fill); color: var(--loss-quiet); font-size: 14px;
   line-height: 20px; text-align: center; pointer-events: none; animation: appear 0.2s 0.25s both; }
@@ -60,14 +61,15 @@ canvas { position: absolute; inset: 0; width: 100%; height: 100%; cursor: crossh
 .reset { position: absolute; top: -4px; right: 0; padding: 3px 10px; border: 1px solid var(--border-color-primary); border-radius: 999px;
   background: var(--block-background-fill); color: var(--loss-quiet); font: inherit; cursor: pointer; }
 .reset:hover { color: var(--body-text-color); }
-.tip { position: absolute; top: 0; left: 0; width: 158px; box-sizing: border-box; padding: 7px 10px 8px; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); box-shadow: 0 4px 14px rgb(0 0 0 / 0.09);
+.tip { position: absolute; top: 0; left: 0; width: max-content; min-width: 172px; box-sizing: border-box;
+  padding: 7px 10px 8px; border-radius: 8px; border: 1px solid var(--border-color-primary);
+  background: var(--block-background-fill); box-shadow: 0 4px 14px rgb(0 0 0 / 0.09);
   pointer-events: none; line-height: 18px; }
 .at { font-weight: 600; margin-bottom: 2px; }
 .raw, .smooth, .held { display: flex; align-items: center; gap: 7px; }
 .tip span { flex: 1; color: var(--loss-quiet); white-space: nowrap; }
 .tip b { font-weight: 600; }
-.tip i { width: 10px; height: 2px; border-radius: 1px; background: var(--loss-train); }
+.tip i { flex: none; width: 10px; height: 2px; border-radius: 1px; background: var(--loss-train); }
 .raw i { opacity: 0.4; }
 .held i { width: 6px; height: 6px; margin: 0 2px; border-radius: 50%; background: var(--loss-held); }
 .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }

@@ -36,6 +36,10 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="#0e1420",
+        body_text_color_subdued="#5b6576",
+        body_text_color_subdued_dark="#9aa6b8",
+        block_info_text_color="#5b6576",
+        block_info_text_color_dark="#9aa6b8",
         block_background_fill_dark="#161d2b",
         block_border_width="1px",
         block_shadow="none",

@@ -1,0 +1,97 @@
+"""The real app as a process of its own, and a real browser to look at it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM_FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+if hasattr(os, "geteuid") and os.geteuid() == 0:
+    CHROMIUM_FLAGS.append("--no-sandbox")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Served:
+    """`python app.py` over a workspace. `kill` is SIGKILL: the process gets no chance to tidy up."""
+
+    def __init__(self, home: Path, port: int | None = None) -> None:
+        self.home, self.port = home, port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "app.py", "--port", str(self.port), "--home", str(home)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        self.output: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+            if "Running on local URL" in line:
+                break
+        else:
+            pytest.fail("the app did not start:\n" + "".join(self.output))
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        assert self.process.stdout is not None
+        self.output.extend(self.process.stdout)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def served(home: Path, port: int | None = None) -> Iterator[Served]:
+    app = Served(home, port)
+    try:
+        yield app
+    finally:
+        app.kill()
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """The Chromium that tests/run.sh found, else the one on the PATH, else Playwright's own."""
+    path = os.environ.get("QLORA_UI_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+def open_page(browser: Browser, url: str, **context: object) -> Page:
+    """A page of a new visitor, loaded until its rows are there. Errors of the page's scripts are collected in `page.faults`."""
+    page = browser.new_context(viewport={"width": 1280, "height": 900}, **context).new_page()  # type: ignore[arg-type]
+    page.set_default_timeout(30_000)
+    page.faults = []  # type: ignore[attr-defined]
+    page.on("pageerror", lambda error: page.faults.append(str(error)))  # type: ignore[attr-defined]
+    page.goto(url)
+    page.wait_for_selector("#data-summary p")
+    return page
+
+
+def go(page: Page, tab: str) -> None:
+    page.get_by_role("tab", name=tab, exact=True).click()
+
+
+def set_number(page: Page, name: str, value: object) -> None:
+    """Type into a field of the form and leave it."""
+    box = page.locator(f"#field-{name} input")
+    box.fill(str(value))
+    box.blur()

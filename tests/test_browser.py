@@ -1,0 +1,276 @@
+"""The page in a real Chromium over the real app, training real 4-bit models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from playwright.sync_api import Browser, Page, expect
+from serving import Served, chromium, go, open_page, served, set_number
+
+from qlora_ui.config import STARTER_MODEL
+from qlora_ui.events import AdapterSaved, CheckpointSaved, Step
+from qlora_ui.runs import Workspace
+
+pytestmark = pytest.mark.browser
+MINUTE = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One app for the tests that start no training of the starter model."""
+    home = tmp_path_factory.mktemp("shared-home")
+    tiny.tiny_model(Workspace.open(home).models / tiny.NAME)
+    with served(home) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Browser, app: Served) -> Iterator[Page]:
+    opened = open_page(browser, app.url)
+    yield opened
+    assert opened.faults == []  # type: ignore[attr-defined]
+    opened.context.close()
+
+
+@pytest.fixture
+def starter_home(home: Path) -> Path:
+    """A workspace that has the starter model, as tests/run.sh fetched it."""
+    source = Path(os.environ.get("QLORA_UI_STARTER", "tests/.cache/models")) / STARTER_MODEL.replace("/", "--")
+    if not source.is_dir():
+        pytest.skip("the starter model is not here: run the suite with bash tests/run.sh, which fetches it")
+    workspace = Workspace.open(home)
+    shutil.copytree(source, workspace.models / source.name, copy_function=os.link)
+    return home
+
+
+def upload(page: Page, path: Path) -> None:
+    page.locator("#data-source").get_by_text("Upload", exact=True).click()
+    page.locator("#data-upload input[type=file]").set_input_files(path)
+
+
+def points(page: Page) -> int:
+    return int(page.locator("#loss-plot").get_attribute("data-points") or 0)
+
+
+def wait_for_points(page: Page, at_least: int) -> None:
+    page.wait_for_function(
+        "least => Number(document.querySelector('#loss-plot')?.dataset.points || 0) >= least", arg=at_least, timeout=MINUTE * 2
+    )
+
+
+def test_a_person_trains_the_starter_model_and_talks_to_it_beside_its_base(browser: Browser, starter_home: Path, tmp_path: Path) -> None:
+    rows = json.loads(tiny.tiny_rows(tmp_path / "rows.json", 40).read_text("utf-8"))
+    rows.append({"instruction": "Row without an answer", "output": ""})
+    (tmp_path / "my rows.json").write_text(json.dumps(rows), "utf-8")
+    with served(starter_home) as app:
+        page = open_page(browser, app.url)
+        upload(page, tmp_path / "my rows.json")
+        expect(page.locator("#data-summary")).to_contain_text("41 rows: 40 kept, 1 dropped")
+        expect(page.locator("#data-preview")).to_contain_text("Question 0: which word is 0?")
+        page.get_by_text("As the model reads it").click()
+        expect(page.locator("#data-preview .row-card mark").first).to_contain_text("The answer is", timeout=MINUTE)
+        page.get_by_role("button", name="Use this data", exact=True).click()
+
+        expect(page.locator("#train-data")).to_contain_text("rows.json, 40 rows")
+        set_number(page, "max_steps", 60)
+        expect(page.locator("#train-plan")).to_contain_text("60 steps of 4 rows")
+        page.locator("#start-button").click()
+        wait_for_points(page, 1)
+        grown = points(page)
+        wait_for_points(page, grown + 2)
+        expect(page.locator("#status-line")).to_contain_text("training")
+        expect(page.locator("#log-box")).to_contain_text("NF4 with double quantization")
+        page.locator("#start-button").click()
+        expect(page.locator("#start-message")).to_contain_text("is training already")
+        assert len(os.listdir(starter_home / "runs")) == 1
+
+        before = points(page)
+        page.reload()
+        go(page, "Train")
+        wait_for_points(page, before)
+        expect(page.locator("#log-box")).to_contain_text("loss")
+        other = open_page(browser, app.url)
+        go(other, "Train")
+        wait_for_points(other, before)
+        assert other.locator("#status-line").inner_text().split(" · ")[0] == page.locator("#status-line").inner_text().split(" · ")[0]
+
+        other.locator("#stop-button").click()
+        stopped = re.compile(r"Stopped at step \d+ of 60, adapter saved")
+        expect(page.locator("#status-line")).to_contain_text(stopped, timeout=MINUTE)
+        expect(other.locator("#status-line")).to_contain_text(stopped, timeout=MINUTE)
+
+        page.locator("#chat-with-button").click()
+        page.locator("#compare-switch input").check()
+        page.locator("#chat-input textarea").fill("Question 3: which word is 3?")
+        page.locator("#chat-send").click()
+        expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
+        page.locator("#chat-stop").click()
+        page.locator("#chat-input textarea").fill("And 4?")
+        page.locator("#chat-input textarea").press("Enter")
+        expect(page.locator("#chat-tuned")).to_contain_text("And 4?")
+        expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
+        for side in ("#chat-tuned", "#chat-base"):
+            expect(page.locator(f"{side} .bot").last).to_contain_text(re.compile(r"\w"))
+        assert page.faults == other.faults == []  # type: ignore[attr-defined]
+
+
+def test_a_run_whose_app_is_killed_reads_interrupted_after_the_restart_and_keeps_its_checkpoint(
+    browser: Browser, tiny_workspace: Workspace, rows: Path
+) -> None:
+    uploads = shutil.copy(rows, tiny_workspace.uploads)
+    settings = {name: value for name, value in tiny.tiny_config(uploads, max_steps=100_000).values().items() if name != "data"}
+    with served(tiny_workspace.root) as app:
+        page = open_page(browser, app.url)
+        run_id = Client(app.url, verbose=False).predict("starter", uploads, json.dumps(settings), api_name="/start_training")
+        expect(page.locator("#log-box")).to_be_hidden()  # the Data tab is open; the run bar tells all the same
+        expect(page.locator("#status-line")).to_contain_text(re.compile(r"training \d+/100000"), timeout=2 * MINUTE)
+        run = tiny_workspace.get(run_id)
+        go(page, "Train")
+        expect(page.locator("#log-box")).to_contain_text("checkpoint saved", timeout=MINUTE)
+        app.kill()
+    last = run.last_step()
+    checkpoint = tiny.events_of(run, CheckpointSaved)[-1]
+    with served(tiny_workspace.root, app.port) as restarted:
+        again = open_page(browser, restarted.url)
+        expect(again.locator("#status-line")).to_contain_text(f"Interrupted at step {last}")
+        expect(again.locator("#stop-button")).to_be_disabled()
+        expect(page.locator("#status-line")).to_contain_text(f"Interrupted at step {last}", timeout=MINUTE)  # the page that stayed open
+    newest = run.checkpoints()[-1]
+    assert newest.name == checkpoint.name
+    assert (newest / "adapter_model.safetensors").stat().st_size > 1000
+    assert (newest / "optimizer.pt").is_file()
+
+
+def test_a_closed_tab_does_not_stop_the_run(browser: Browser, tiny_workspace: Workspace, rows: Path) -> None:
+    uploads = shutil.copy(rows, tiny_workspace.uploads)
+    settings = {name: value for name, value in tiny.tiny_config(uploads, max_steps=12).values().items() if name != "data"}
+    with served(tiny_workspace.root) as app:
+        page = open_page(browser, app.url)
+        client = Client(app.url, verbose=False)
+        run_id = client.predict("starter", uploads, json.dumps(settings), api_name="/start_training")
+        page.context.close()
+        again = open_page(browser, app.url)
+        expect(again.locator("#status-line")).to_contain_text("Finished: 12 steps, adapter saved", timeout=2 * MINUTE)
+        assert client.predict(run_id, api_name="/run_status")["state"] == "finished"
+    run = tiny_workspace.get(run_id)
+    assert len(tiny.events_of(run, Step)) == 12
+    assert len(tiny.events_of(run, AdapterSaved)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty.json", "", "is empty"),
+        ("broken.json", '[{"instruction": "a", "output"', "broken.json"),
+        ("no-answers.jsonl", '{"instruction": "a", "output": ""}\n', "Row 1"),
+        ("columns.csv", "foo,bar\n1,2\n", "columns: foo, bar"),
+    ],
+)
+def test_bad_files_get_one_sentence_beside_the_upload_and_are_not_chosen(
+    page: Page, app: Served, tmp_path: Path, name: str, content: str, sentence: str
+) -> None:
+    (tmp_path / name).write_text(content, "utf-8")
+    upload(page, tmp_path / name)
+    expect(page.locator("#data-summary .problem")).to_contain_text(sentence)
+    assert "Traceback" not in page.locator("body").inner_text()
+    expect(page.locator("#data-use")).to_be_disabled()
+    go(page, "Train")
+    page.locator("#start-button").click()
+    expect(page.locator("#start-message")).to_contain_text("No data set is chosen")
+    assert not os.listdir(app.home / "runs")
+
+
+def test_numbers_out_of_bounds_are_refused_at_their_field(page: Page, app: Served) -> None:
+    go(page, "Train")
+    set_number(page, "lora_r", 0)
+    page.locator("#start-button").click()
+    expect(page.locator("#field-lora_r")).to_contain_text("lora_r is 0: it must be a whole number from 1 to 512")
+    expect(page.locator("#start-message")).to_contain_text("lora_r is 0")
+    assert not os.listdir(app.home / "runs")
+    set_number(page, "lora_r", 8)
+    expect(page.locator("#train-plan")).to_contain_text("steps of 4 rows")
+
+
+def test_a_missing_model_fails_with_what_to_do(page: Page, app: Served, tmp_path: Path) -> None:
+    client = Client(app.url, verbose=False)
+    with pytest.raises(AppError, match="There is no preset 'nonsense'"):
+        client.predict("nonsense", "", "{}", api_name="/start_training")
+    run_id = client.predict("starter", "", json.dumps({"model": "no-such-model"}), api_name="/start_training")
+    expect(page.locator("#status-line")).to_contain_text("There is no model 'no-such-model' on this machine", timeout=MINUTE)
+    assert client.predict(run_id, api_name="/run_status")["state"] == "failed"
+    shutil.rmtree(app.home / "runs" / run_id)
+
+
+def test_paths_outside_the_workspace_are_refused_from_the_page(app: Served, tmp_path: Path) -> None:
+    client = Client(app.url, verbose=False)
+    with pytest.raises(AppError, match="outside the workspace"):
+        client.predict("starter", str(tiny.tiny_rows(tmp_path / "rows.json")), "{}", api_name="/start_training")
+    with pytest.raises(AppError, match="outside the workspace"):
+        client.predict("starter", "", json.dumps({"model": str(tmp_path)}), api_name="/start_training")
+
+
+def test_values_are_shown_as_text_and_never_run(page: Page, tmp_path: Path) -> None:
+    attack = "<img src=x onerror=\"document.body.dataset.broken='yes'\"><script>document.body.dataset.broken='yes'</script>"
+    rows = [{"instruction": attack, "output": attack}, {"instruction": "a", "output": "", attack: "b"}]
+    (tmp_path / "attack.json").write_text(json.dumps(rows), "utf-8")
+    upload(page, tmp_path / "attack.json")
+    expect(page.locator("#data-preview")).to_contain_text("onerror=")
+    assert page.evaluate("document.body.dataset.broken") is None
+
+
+def test_what_was_set_but_not_started_survives_a_reload(page: Page, tmp_path: Path) -> None:
+    upload(page, tiny.tiny_rows(tmp_path / "kept.json", 15))
+    expect(page.locator("#data-summary")).to_contain_text("15 rows")
+    go(page, "Train")
+    set_number(page, "lora_r", 24)
+    expect(page.locator("#train-data")).to_contain_text("kept.json")
+    page.wait_for_function("localStorage.getItem('qlora-ui-draft') !== null")
+    page.reload()
+    expect(page.locator("#data-summary")).to_contain_text("15 rows")
+    go(page, "Train")
+    expect(page.locator("#field-lora_r input")).to_have_value("24")
+    expect(page.locator("#train-data")).to_contain_text("kept.json, 15 rows")
+
+
+def test_an_idle_page_asks_once_a_second_and_redraws_nothing(page: Page) -> None:
+    expect(page.locator("#device-chip details")).to_be_visible(timeout=MINUTE)  # the warm-up has ended
+    go(page, "Train")
+    page.evaluate(
+        "() => { window.redrawn = 0; new MutationObserver(seen => window.redrawn += seen.length)"
+        ".observe(document.querySelector('#train-panel'), {subtree: true, childList: true, characterData: true}) }"
+    )
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for _ in range(5):
+        with page.expect_response(re.compile("/run/|/api/|queue")) as answer:
+            pass
+        assert len(answer.value.body()) < 2000
+    assert page.evaluate("window.redrawn") == 0
+    assert len(asked) <= 7
+
+
+def test_every_field_has_a_label_and_every_knob_is_on_the_form(page: Page) -> None:
+    from qlora_ui.config import KNOBS
+    from qlora_ui.ui.form import ELSEWHERE
+
+    go(page, "Train")
+    page.get_by_text("Advanced", exact=True).click()
+    for knob in KNOBS.values():
+        if knob.name not in ELSEWHERE:
+            label = f"{knob.label} ({knob.unit})" if knob.unit else knob.label
+            expect(page.locator(f"#field-{knob.name}").get_by_label(label).first).to_be_visible()

@@ -1,0 +1,148 @@
+"""Every knob from its one declaration: what it takes, what it refuses and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_ui.config import KNOBS, PARTS, VERSION, Knob, RunConfig, find_knob
+from qlora_ui.errors import UserError
+
+NUMBERS = [name for name, knob in KNOBS.items() if knob.kind in (int, float)]
+CHOICES = [name for name, knob in KNOBS.items() if knob.choices]
+BOOLEANS = [name for name, knob in KNOBS.items() if knob.kind is bool]
+
+
+def refusal(name: str, value: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        RunConfig().with_values({name: value})
+    assert caught.value.field == name
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def values_of(knob: Knob) -> st.SearchStrategy[Any]:
+    if knob.choices:
+        return st.sampled_from(knob.choices)
+    if knob.kind is bool:
+        return st.booleans()
+    if knob.kind is str:
+        return st.text().map(str.strip)
+    assert knob.low is not None
+    assert knob.high is not None
+    if knob.kind is int:
+        return st.integers(int(knob.low), int(knob.high))
+    return st.floats(knob.low, knob.high)
+
+
+any_config = st.fixed_dictionaries({name: values_of(knob) for name, knob in KNOBS.items()})
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_default_is_allowed_and_reads_back_from_its_text(name: str) -> None:
+    knob = KNOBS[name]
+    assert knob.parse(knob.default) == knob.default
+    assert knob.parse(str(knob.default)) == knob.default
+    assert RunConfig().values()[name] == knob.default
+    assert knob.label
+    assert knob.help.endswith(".")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_may_be_its_bounds_and_nothing_beyond(name: str) -> None:
+    knob = KNOBS[name]
+    assert knob.low is not None
+    assert knob.high is not None
+    for bound in (knob.low, knob.high):
+        assert RunConfig().with_values({name: bound}).values()[name] == bound
+        assert type(RunConfig().with_values({name: str(bound)}).values()[name]) is knob.kind
+    beyond = 1 if knob.kind is int else 1e-9
+    for value in (knob.kind(knob.low - beyond), knob.kind(knob.high + beyond)):
+        said = refusal(name, value)
+        assert said == f"{name} is {value}: it must be {knob.requirement()}."
+        for bound in (knob.low, knob.high):
+            assert (f"{bound:,.0f}" if knob.kind is int else f"{bound:g}") in said
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["", None, "many", "1,5", float("nan"), float("inf"), "-inf", 10**400, "9" * 400, True, [], {}])
+def test_what_is_no_number_is_refused_in_words(name: str, value: Any) -> None:
+    said = refusal(name, value)
+    assert said.startswith(f"{name} is ")
+    assert ("empty" if value in ("", None) else repr(value)) in said
+    assert KNOBS[name].requirement() in said
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if KNOBS[name].kind is int])
+def test_a_fraction_is_no_whole_number(name: str) -> None:
+    assert "a whole number" in refusal(name, 1.5)
+    assert RunConfig().with_values({name: "16.0"}).values()[name] == 16
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_outside_the_list_is_refused_with_the_list(name: str) -> None:
+    for choice in KNOBS[name].choices:
+        assert RunConfig().with_values({name: f" {choice} "}).values()[name] == choice
+    assert refusal(name, "no such") == f"{name} is 'no such': use one of {', '.join(KNOBS[name].choices)}."
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_a_switch_reads_the_usual_words(name: str) -> None:
+    for word, meant in {"true": True, "YES": True, "1": True, "on": True, "False": False, "no": False, "0": False, " off ": False}.items():
+        assert RunConfig().with_values({name: word}).values()[name] is meant
+    assert refusal(name, "maybe") == f"{name} is 'maybe': use true or false."
+
+
+def test_an_empty_field_of_text_is_empty_text() -> None:
+    assert RunConfig().with_values({"data": None}).data.data == ""
+
+
+def test_the_parts_check_themselves_however_they_are_made() -> None:
+    for part in PARTS.values():
+        assert part() == part()
+    with pytest.raises(UserError, match="lora_r is 0"):
+        PARTS["adapter"](lora_r=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().preset = "other"  # type: ignore[misc]
+
+
+@given(any_config)
+def test_a_config_comes_back_from_its_file_form(values: dict[str, Any]) -> None:
+    config = RunConfig(preset="a").with_values(values)
+    assert config.values() == values
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert RunConfig.from_dict({**config.to_dict(), "versions": {"torch": "2"}, "created": 1.0}) == config
+
+
+@given(st.fixed_dictionaries({}, optional={name: values_of(knob) for name, knob in KNOBS.items()}))
+def test_setting_some_values_leaves_the_others(values: dict[str, Any]) -> None:
+    assert RunConfig().with_values(values).values() == {**RunConfig().values(), **values}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("lora_rank", "lora_r"), ("max_seq_length", "max_seq_len"), ("learningrate", "learning_rate"), ("Seed", "seed")]
+)
+def test_an_unknown_name_suggests_the_nearest(written: str, meant: str) -> None:
+    assert refusal(written, 1) == f"There is no setting {written!r}. Did you mean {meant}?"
+
+
+def test_a_name_that_is_near_to_nothing_points_to_the_list() -> None:
+    assert refusal("xyzzy", 1) == "There is no setting 'xyzzy'. The README lists all settings."
+    assert find_knob("seed") is KNOBS["seed"]
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, "2", None, 0])
+def test_another_version_is_refused_with_both_versions(version: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_dict({**RunConfig().to_dict(), "version": version})
+    assert repr(version) in str(caught.value)
+    assert f"reads version {VERSION}" in str(caught.value)
+
+
+def test_the_effective_batch_is_micro_batch_times_accumulation() -> None:
+    assert RunConfig().with_values({"micro_batch_size": 3, "gradient_accumulation_steps": 5}).effective_batch == 15

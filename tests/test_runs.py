@@ -1,0 +1,397 @@
+"""Run folders: what a reader may rely on while somebody writes, is killed, or asks for nonsense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from filelock import Timeout
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_ui import runs
+from qlora_ui.config import RunConfig
+from qlora_ui.errors import UserError
+from qlora_ui.events import (
+    AdapterSaved,
+    CheckpointSaved,
+    Event,
+    Failed,
+    Finished,
+    HeldOut,
+    Interrupted,
+    Log,
+    Phase,
+    Step,
+    Stopped,
+    StopRequested,
+    encode,
+)
+from qlora_ui.runs import ENV, Run, Workspace
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def step(number: int) -> Step:
+    return Step(step=number, loss=1.0, learning_rate=0.1, grad_norm=None, tokens_per_second=1.0, memory_gib=1.0, epoch=0.1)
+
+
+@pytest.fixture
+def run(workspace: Workspace) -> Run:
+    """A run in its training phase, with two steps done, whose process is gone."""
+    run = tiny.tiny_run(workspace, "rows.json")
+    for event in (Phase(name="training"), step(1), step(2)):
+        run.append(event)
+    return run
+
+
+HOLD = """
+import sys
+from qlora_ui.runs import Run
+from pathlib import Path
+with Run(folder=Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(run: Run) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the run's lock, as a training does."""
+    command = [sys.executable, "-c", HOLD, str(run.folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        yield child
+        child.kill()
+
+
+# Reading while it is written ---------------------------------------------------------------------------------------------
+
+lines = st.lists(
+    st.one_of(
+        st.builds(Log, time=st.just(0.0), text=st.text(st.characters(exclude_categories=["Cs"]))).map(encode),
+        st.just(encode(step(1))),
+        st.sampled_from(["", '{"kind": "of next year"}', "not json", '{"kind": "log"}', "[1]", "\x85 \u2028 é"]),
+    ),
+    max_size=8,
+)
+
+
+@given(lines, st.data())
+def test_readers_see_whole_lines_only_wherever_the_file_ends(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], data: st.DataObject
+) -> None:
+    run = Run(folder=tmp_path_factory.mktemp("run"))
+    content = "".join(line + "\n" for line in lines).encode()
+    everything = [event for event in map(runs.decode, lines) if event is not None]
+    readers: list[tuple[list[Event], int]] = [([], 0) for _ in range(3)]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=6)))
+    for cut in [*cuts, len(content)]:
+        run.events_path.write_bytes(content[:cut])
+        who = data.draw(st.sets(st.integers(0, 2))) if cut < len(content) else {0, 1, 2}
+        for reader in who:
+            seen, offset = readers[reader]
+            more, after = run.read(offset)
+            assert offset <= after <= cut
+            assert content[:after].endswith(b"\n") or after == 0
+            readers[reader] = ([*seen, *more], after)
+            assert readers[reader][0] == everything[: len(seen) + len(more)]
+    assert [reader for reader in readers if reader != (everything, len(content))] == []
+
+
+def test_every_reader_sees_every_event_of_several_writers_once(run: Run) -> None:
+    def write(writer: int) -> None:
+        for number in range(50):
+            run.append(Log(text=f"{writer} {number} " + "x" * 500))
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
+    for writer in writers:
+        writer.start()
+    texts, offset = [], 0
+    while len(texts) < 150 and any(writer.is_alive() for writer in writers):
+        events, offset = run.read(offset)
+        texts += [event.text for event in events if isinstance(event, Log)]
+    for writer in writers:
+        writer.join()
+    texts += [event.text for event in run.read(offset)[0] if isinstance(event, Log)]
+    assert len(texts) == len(set(texts)) == 150
+    for writer in range(3):
+        assert [text.split()[1] for text in texts if text.startswith(f"{writer} ")] == [str(number) for number in range(50)]
+
+
+def test_a_torn_line_is_not_there_and_does_not_swallow_the_next(run: Run) -> None:
+    with run.events_path.open("ab") as file:
+        file.write(encode(step(3)).encode()[:-5])
+    before, offset = run.read()
+    assert [event.step for event in before if isinstance(event, Step)] == [1, 2]
+    run.append(step(4))
+    assert [event for event in run.read(offset)[0] if isinstance(event, Step)] == tiny.events_of(run, Step)[2:]
+    assert run.last_step() == 4
+
+
+def test_settling_a_run_whose_last_line_was_torn_by_the_kill_ends_it(workspace: Workspace, run: Run) -> None:
+    with run.events_path.open("ab") as file:
+        file.write(b'{"kind": "st')
+    assert workspace.settle() == [run]
+    assert run.state() == "interrupted"
+
+
+@pytest.mark.parametrize("text", ["a\nb\r\nc", "\u2028\x85\x0b", "Grüße, 你好 🦙", "lone \udcff surrogate"])
+def test_any_text_comes_back_from_the_folder(workspace: Workspace, text: str) -> None:
+    run = tiny.tiny_run(workspace, f"{text}.json")
+    run.append(Log(text=text))
+    run.note(about=text)
+    assert [event.text for event in tiny.events_of(run, Log)] == [text]
+    assert run.config().data.data == f"{text}.json".strip()
+    assert run.facts()["about"] == text
+
+
+# State and its settling ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "state"),
+    [
+        (Phase(name="saving"), "running"),
+        (Log(text="a"), "running"),
+        (Finished(step=2), "finished"),
+        (Stopped(step=2, total_steps=4, adapter_saved=True), "stopped"),
+        (Failed(message="a"), "failed"),
+        (Interrupted(step=2), "interrupted"),
+    ],
+)
+def test_the_state_is_what_the_events_say(run: Run, event: Event, state: str) -> None:
+    run.append(event)
+    assert run.state() == state
+    run.append(AdapterSaved(step=2))
+    assert run.state() == state
+
+
+def test_a_long_run_is_running_although_its_phase_is_far_back(run: Run) -> None:
+    for number in range(3, 700):
+        run.append(step(number))
+    assert run.size() > 65536
+    assert run.state() == "running"
+    run.append(Finished(step=699))
+    assert run.state() == "finished"
+    assert run.last_step() == 699
+
+
+def test_settle_leaves_a_run_whose_process_lives_and_ends_it_after_a_kill(
+    workspace: Workspace, run: Run, holder: subprocess.Popen[str]
+) -> None:
+    assert workspace.settle() == []
+    assert workspace.live() == run
+    assert run.state() == "running"
+    holder.kill()
+    holder.wait()
+    assert workspace.settle() == [run]
+    assert tiny.events_of(run)[-1] == Interrupted(step=2, time=tiny.events_of(run)[-1].time)
+    assert workspace.settle() == []
+
+
+def test_a_killed_run_is_not_taken_for_live(workspace: Workspace, run: Run, holder: subprocess.Popen[str]) -> None:
+    assert workspace.live() == run
+    holder.kill()
+    holder.wait()
+    assert workspace.live() is None
+    assert run.state() == "interrupted"
+
+
+@pytest.mark.parametrize("end", [Finished(step=2), Failed(message="a"), Stopped(step=2, total_steps=3, adapter_saved=True)])
+def test_settle_adds_nothing_to_a_run_that_has_ended(workspace: Workspace, run: Run, end: Event) -> None:
+    run.append(end)
+    size = run.size()
+    assert workspace.settle() == []
+    assert run.size() == size
+
+
+def test_two_who_settle_at_once_write_one_end(workspace: Workspace, run: Run) -> None:
+    together = threading.Barrier(4)
+
+    def settle() -> None:
+        together.wait()
+        workspace.settle()
+
+    threads = [threading.Thread(target=settle) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    workspace.settle()
+    assert len(tiny.events_of(run, Interrupted)) == 1
+
+
+# Making and finding -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_is_locked_and_holds_its_config(workspace: Workspace) -> None:
+    config = tiny.tiny_config("rows.json")
+    run, lock = workspace.create(config, "a-name", {"torch": "2"})
+    with pytest.raises(Timeout):
+        run.lock().acquire(timeout=0)
+    assert workspace.settle() == []
+    lock.release()
+    assert run.name == "a-name"
+    assert run.workspace == workspace
+    assert run.config() == config
+    assert run.facts()["versions"] == {"torch": "2"}
+    assert run.read() == ([], 0)
+    run.note(model_commit="abc")
+    assert run.facts()["model_commit"] == "abc"
+    assert run.config() == config
+    assert not list(run.folder.glob("*.partial"))
+
+
+def test_runs_of_the_same_second_are_all_found_also_with_the_longest_name(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "20261122-100139")
+    name = "n" * 48
+    made = [tiny_lock_free(workspace, name) for _ in range(12)]
+    assert len({run.id for run in made}) == 12
+    assert {run.id for run in workspace.all()} == {run.id for run in made}
+    assert [workspace.get(run.id) for run in made] == made
+
+
+def tiny_lock_free(workspace: Workspace, name: str) -> Run:
+    run, lock = workspace.create(RunConfig(), name, {})
+    lock.release()
+    return run
+
+
+def test_a_run_that_cannot_be_written_down_leaves_no_folder(workspace: Workspace) -> None:
+    unwritable: dict[str, Any] = {"torch": object()}
+    with pytest.raises(TypeError):
+        workspace.create(RunConfig(), "a", unwritable)
+    assert list(workspace.runs.iterdir()) == []
+
+
+def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workspace.newest() is None
+    for stamp in ("20261122-100139", "20270101-000000", "20261122-100140"):
+        monkeypatch.setattr(runs.time, "strftime", lambda form, stamp=stamp: stamp)
+        tiny_lock_free(workspace, "a")
+    (workspace.runs / "20280101-000000-no-config").mkdir()
+    (workspace.runs / "notes").mkdir()
+    (workspace.runs / ".DS_Store").touch()
+    assert [run.id for run in workspace.all()] == ["20270101-000000-a", "20261122-100140-a", "20261122-100139-a"]
+    newest = workspace.newest()
+    assert newest is not None
+    assert newest.id == "20270101-000000-a"
+
+
+@pytest.mark.parametrize(
+    "run_id",
+    [
+        "",
+        ".",
+        "..",
+        "../runs/{}",
+        "{}/",
+        "{}/../{}",
+        "/{}",
+        "{}\n",
+        "{}\0",
+        "{} ",
+        "20261122-100139-a/../../x",
+        "20261122-100139-missing",
+        "x" * 5000,
+    ],
+)
+def test_an_id_with_path_parts_or_of_no_run_is_refused(workspace: Workspace, run: Run, run_id: str) -> None:
+    with pytest.raises(UserError, match="There is no run") as caught:
+        workspace.get(run_id.replace("{}", run.id))
+    assert caught.value.field == "run"
+    assert workspace.get(run.id) == run
+
+
+def test_the_workspace_is_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    assert Workspace.open().root == home.resolve()
+    assert Workspace.open(tmp_path / "flag").root == (tmp_path / "flag").resolve()
+    assert all(folder.is_dir() for folder in (Workspace.open().runs, Workspace.open().models, Workspace.open().uploads))
+    monkeypatch.setenv(ENV, "")
+    monkeypatch.setattr(runs, "DEFAULT_HOME", tmp_path / "default")
+    assert Workspace.open().root == (tmp_path / "default").resolve()
+
+
+def test_a_workspace_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"The workspace {tmp_path}/file cannot be written \(.+\)\. Choose another with --home or {ENV}\."):
+        Workspace.open(tmp_path / "file")
+
+
+# Stop, checkpoints, result ------------------------------------------------------------------------------------------------
+
+
+def test_asking_twice_to_stop_is_asking_once(run: Run) -> None:
+    assert not run.stop_requested()
+    run.request_stop()
+    run.request_stop()
+    assert run.stop_requested()
+    assert len(tiny.events_of(run, StopRequested)) == 1
+
+
+def test_many_who_ask_to_stop_at_once_ask_once(run: Run) -> None:
+    together = threading.Barrier(8)
+
+    def ask() -> None:
+        together.wait()
+        run.request_stop()
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tiny.events_of(run, StopRequested)) == 1
+
+
+def test_asking_a_run_that_has_ended_to_stop_changes_nothing(run: Run) -> None:
+    run.append(Finished(step=2))
+    size = run.size()
+    run.request_stop()
+    assert run.size() == size
+    assert not run.stop_requested()
+
+
+def test_checkpoints_are_those_that_were_reported_and_are_still_there(run: Run) -> None:
+    for number in (2, 4, 6):
+        (run.folder / f"checkpoint-{number}").mkdir()
+        run.append(CheckpointSaved(step=number, name=f"checkpoint-{number}"))
+    (run.folder / "checkpoint-2").rmdir()
+    (run.folder / "checkpoint-8").mkdir()  # being written
+    assert [folder.name for folder in run.checkpoints()] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_the_result_appears_whole_and_its_predecessor_is_never_deleted_in_place(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, removed = runs.shutil.rmtree, []
+
+    def watched(folder: Path, **options: Any) -> None:
+        removed.append(folder)
+        remove(folder, **options)
+
+    monkeypatch.setattr(runs.shutil, "rmtree", watched)
+    for version in ("one", "two"):
+        aside = run.folder / "adapter.partial"
+        (aside / "inner").mkdir(parents=True)
+        (aside / "inner" / "weights").write_text(version)
+        run.publish_adapter(aside, 2)
+        assert (run.adapter / "inner" / "weights").read_text() == version
+        assert not aside.exists()
+    assert run.adapter not in removed
+    assert sorted(path.name for path in run.folder.iterdir() if path.is_dir()) == ["adapter"]
+    assert [event.step for event in tiny.events_of(run, AdapterSaved)] == [2, 2]
+
+
+def test_the_written_config_is_json_that_other_tools_read(run: Run) -> None:
+    written = json.loads(run.config_path.read_bytes().decode("ascii"))
+    assert written["version"] == 1
+    assert written["model"]["model"] == tiny.NAME
+    assert HeldOut.kind not in written
