@@ -36,6 +36,16 @@ settings.register_profile("house", deadline=None)  # two busy cores say nothing 
 settings.load_profile("house")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Libraries' notes to each other, which pytest would repeat for every test."""
+    for line in (
+        "ignore:`torch.jit",
+        "ignore:`is_gradient_checkpointing` is deprecated",
+        "ignore:Paged optimizers are not supported on CPU",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """QLORA_UI_HOME of this test, not made yet."""

@@ -120,6 +120,7 @@ def test_a_person_trains_the_starter_model_and_talks_to_it_beside_its_base(brows
         page.locator("#chat-send").click()
         expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
         page.locator("#chat-stop").click()
+        expect(page.locator("#chat-send")).to_be_enabled()
         page.locator("#chat-input textarea").fill("And 4?")
         page.locator("#chat-input textarea").press("Enter")
         expect(page.locator("#chat-tuned")).to_contain_text("And 4?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -15,7 +16,23 @@ from qlora_ui.runs import Run, Workspace
 
 NAME = "tiny"
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
-WORDS = ("the", "and", "ing", "user", "assistant", "Human", "Assistant", "Ġthe", "Ġis", "Ġword", "Ġanswer", "Ġquestion", "Question", "ĊĊ", "ĠĠ")
+WORDS = (
+    "the",
+    "and",
+    "ing",
+    "user",
+    "assistant",
+    "Human",
+    "Assistant",
+    "Ġthe",
+    "Ġis",
+    "Ġword",
+    "Ġanswer",
+    "Ġquestion",
+    "Question",
+    "ĊĊ",
+    "ĠĠ",
+)
 
 # Unmarked on purpose, as most published templates are: what is trained must be found by rendering.
 CHAT_TEMPLATE = (
@@ -24,9 +41,13 @@ CHAT_TEMPLATE = (
 )
 
 
-@functools.cache
 def tiny_tokenizer() -> Any:
-    """Byte-level BPE with every byte and a few merges: any text comes back as it was. Do not change it, it is shared."""
+    """Byte-level BPE with every byte and a few merges: any text comes back as it was."""
+    return copy.deepcopy(_tokenizer())
+
+
+@functools.cache
+def _tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

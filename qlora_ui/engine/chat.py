@@ -160,4 +160,5 @@ class _Rows(BaseStreamer):
                 if not self._ended[row]:
                     texts[row] += self._decoders[row].step(self._backend, token) or ""
                     count += 1
-            yield Answers(texts=tuple(texts), tokens=count, seconds=time.perf_counter() - started)
+            # The blank before an answer is the format's (Guanaco's). Kept, the next turn would have two.
+            yield Answers(texts=tuple(text.lstrip() for text in texts), tokens=count, seconds=time.perf_counter() - started)

@@ -59,6 +59,7 @@ def wire(
     # Two steps, so that a tick without news touches no component: only a change of what was seen redraws.
     look = partial(glance, services)
     timer.tick(look, None, [seen], queue=False, **QUIET)
+    page.load(look, None, [seen], queue=False, **QUIET)
     shown = [bar.chip, bar.status, bar.progress, bar.stop, bar.chat, train.tiles, train.plot, train.log, chat.run]
     seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
 

@@ -15,6 +15,8 @@ from qlora_ui.services import Services, Side
 from qlora_ui.ui import markup
 
 FIRST_QUESTION = "Who are you?"
+BUSY = [gr.update(interactive=False), gr.update(interactive=True)]  # of Send and Stop
+READY = [gr.update(interactive=True), gr.update(interactive=False)]
 Turn = dict[str, Any]
 
 
@@ -24,6 +26,13 @@ class ChatTab:
 
     run: gr.Dropdown
     send: gr.Button
+
+
+@dataclass
+class Wish:
+    """What one page's person wants of the answer being written; Gradio keeps one for each page."""
+
+    stop: bool = False
 
 
 def build(services: Services) -> ChatTab:
@@ -40,7 +49,7 @@ def build(services: Services) -> ChatTab:
             FIRST_QUESTION, label="Message", show_label=False, placeholder="Write a message", container=False, elem_id="chat-input", scale=6
         )
         send = gr.Button("Send", variant="primary", elem_id="chat-send", scale=1, min_width=90)
-        stop = gr.Button("Stop", elem_id="chat-stop", scale=1, min_width=90)
+        stop = gr.Button("Stop", interactive=False, elem_id="chat-stop", scale=1, min_width=90)
         clear = gr.Button("New chat", elem_id="chat-clear", scale=1, min_width=110)
     with gr.Accordion("Sampling", open=False), gr.Row():
         temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", info="0 always takes the likeliest token.")
@@ -49,24 +58,24 @@ def build(services: Services) -> ChatTab:
         seed = gr.Number(0, precision=0, label="Seed", info="The same seed draws the same answer.")
 
     asked = [run, text, compare, tuned, base, temperature, top_p, max_new_tokens, seed]
-    sending = gr.on(
-        [send.click, text.submit],
-        partial(answer, services),
-        asked,
-        [tuned, base, note, text],
-        api_visibility="private",
-        show_progress="hidden",
-        concurrency_limit=1,
-    )
-    stop.click(None, cancels=[sending], api_visibility="private")
-    compare.change(lambda on: gr.update(visible=on), [compare], [base], api_visibility="private", show_progress="hidden")
-    gr.on([clear.click, run.input], lambda: ([], [], ""), None, [tuned, base, note], api_visibility="private", show_progress="hidden")
-    gr.api(partial_named(services), api_name="chat", concurrency_limit=1)
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    told = [tuned, base, note, text, send, stop]
+    wish = gr.State(Wish())
+    gr.on([send.click, text.submit], partial(answer, services), [wish, *asked], told, concurrency_limit=1, concurrency_id="chat", **quiet)
+    gr.on([stop.click, clear.click, run.input], ask_to_stop, [wish], None, queue=False, **quiet)
+    compare.change(lambda on: gr.update(visible=on), [compare], [base], **quiet)
+    gr.on([clear.click, run.input], lambda: [[], [], ""], None, [tuned, base, note], concurrency_limit=1, concurrency_id="chat", **quiet)
+    gr.api(partial_named(services), api_name="chat", concurrency_limit=1, concurrency_id="chat")
     return ChatTab(run=run, send=send)
+
+
+def ask_to_stop(wish: Wish) -> None:
+    wish.stop = True
 
 
 def answer(
     services: Services,
+    wish: Wish,
     run_id: str | None,
     text: str,
     compare: bool,
@@ -78,30 +87,40 @@ def answer(
     seed: float | None,
 ) -> Iterator[list[Any]]:
     """Stream the answer, or both answers, of one turn. A page that goes away closes this generator and with it the answer."""
-    if not text.strip():
-        yield [gr.skip(), gr.skip(), markup.error("The message is empty. Write a question."), gr.skip()]
+    wish.stop = False
+    if not text.strip() or not run_id:
+        why = (
+            "There is no run to talk to yet. Train one first, on the Train tab."
+            if not run_id
+            else "The message is empty. Write a question."
+        )
+        yield [gr.skip(), gr.skip(), markup.error(why), gr.skip(), *READY]
         return
     question = {"role": "user", "content": text.strip()}
     histories = [[*tuned, question], [*base, question]] if compare else [[*tuned, question]]
     whos: tuple[Literal["adapter", "base"], ...] = ("adapter", "base")
     sides: list[Side] = [(who, messages(history)) for who, history in zip(whos, histories, strict=False)]
-    yield [*columns(histories, base), markup.note("Getting the model ready…"), ""]
+    yield [*columns(histories), markup.note("Getting the model ready…"), "", *BUSY]
     try:
         from qlora_ui.engine.chat import Sampling
 
         drawn = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=int(max_new_tokens), seed=int(seed or 0))
-        for answers in services.chat.reply(services.workspace.get(run_id or ""), sides, drawn):
+        for answers in services.chat.reply(services.workspace.get(run_id), sides, drawn):
             spoken = [[*h, {"role": "assistant", "content": said}] for h, said in zip(histories, answers.texts, strict=True)]
             speed = answers.tokens / max(answers.seconds, 1e-6)
-            yield [*columns(spoken, base), markup.note(f"{answers.tokens} tokens · {speed:.1f} tokens/s · seed {drawn.seed}"), gr.skip()]
+            yield [*columns(spoken), markup.note(f"{answers.tokens} tokens · {speed:.1f} tokens/s · seed {drawn.seed}"), gr.skip(), *BUSY]
+            if wish.stop:
+                break
     except UserError as error:
-        yield [tuned, base, markup.error(str(error)), text]
+        yield [tuned, base, markup.error(str(error)), text, *READY]
     except Exception as error:  # shown in the answer's place; the next answer works
-        yield [tuned, base, markup.error(f"The answer broke off: {error}. Send again, or choose another run."), text]
+        yield [tuned, base, markup.error(f"The answer broke off: {error}. Send again, or choose another run."), text, *READY]
         raise
+    else:
+        yield [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
 
 
-def columns(histories: Sequence[list[Turn]], base: list[Turn]) -> list[Any]:
+def columns(histories: Sequence[list[Turn]]) -> list[Any]:
     """Both chat columns; without comparison the base's stays as it is."""
     return [histories[0], histories[1] if len(histories) > 1 else gr.skip()]
 
