@@ -304,3 +304,14 @@ def find_knob(name: str) -> Knob:
     near = difflib.get_close_matches(name, KNOBS, n=1)
     hint = f" Did you mean {near[0]}?" if near else " The README lists all settings."
     raise UserError(f"There is no setting {name!r}.{hint}", field=name)
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table, as the README shows it."""
+    rows = ["| setting | default | range | what it does |", "|---|---|---|---|"]
+    for k in KNOBS.values():
+        bounds = ", ".join(k.choices) or (f"{k.low:,g} to {k.high:,g}" if k.low is not None and k.high is not None else "")
+        default = str(k.default).lower() if k.kind is bool else str(k.default)
+        unit = f" {k.unit}" if k.unit and bounds else ""
+        rows.append(f"| `{k.name}` | {default or '(none)'} | {bounds}{unit} | {k.help} |")
+    return "\n".join(rows)

@@ -1,0 +1,24 @@
+"""Longer proofs, one command each: `python -m tests.benchmarks starter|startup`. They print what they measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+from importlib.metadata import version
+
+NAMES = ("starter", "startup")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser.add_argument("name", choices=NAMES)
+    name = parser.parse_args().name
+    libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "peft", "bitsandbytes", "gradio"))
+    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {libraries}\n", flush=True)
+    importlib.import_module(f"tests.benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()
