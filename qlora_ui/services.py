@@ -62,8 +62,12 @@ class EngineChat:
         """End the answer that is being written, at its next token, and let go of the model."""
         self._wanted_back.set()
         with self._lock:
-            self._model = None
             self._wanted_back.clear()
+            if self._model is not None:
+                from qlora_ui.engine.hardware import give_memory_back
+
+                self._model = None
+                give_memory_back()
 
 
 class Watch:

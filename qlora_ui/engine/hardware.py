@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import time
@@ -73,6 +74,15 @@ def memory_gib() -> float:
     import torch
 
     return (torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss) / GIB
+
+
+def give_memory_back() -> None:
+    """Collect what nobody refers to any more (Trainer and its callbacks refer to each other) and empty the GPU's cache."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _dtype_for_cuda() -> tuple[str, str]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -16,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
 from qlora_ui.engine import tokens
-from qlora_ui.engine.hardware import Hardware, detect, memory_gib
+from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, memory_gib
 from qlora_ui.engine.model import Found, add_adapter, find, load_quantized, load_tokenizer
 from qlora_ui.errors import UserError
 from qlora_ui.events import (
@@ -43,6 +42,14 @@ transformers.utils.logging.set_verbosity_error()
 
 def train(run: Run, emit: Emit, should_stop: ShouldStop) -> None:
     """Train the run's adapter. Ends with `Finished` or `Stopped` emitted; raises UserError, or Cancelled before the first step."""
+    try:
+        fetch_and_train(run, emit, should_stop)
+    finally:
+        give_memory_back()
+
+
+def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop) -> None:
+    """All phases in order. What it made is garbage when it returns."""
     config = run.config()
     train_set, held_out_set = read_rows(run, config, emit, should_stop)
 
@@ -301,5 +308,3 @@ def save(run: Run, trainer: Trainer, found: Found, emit: Emit, stopped: bool) ->
     trainer.processing_class.save_pretrained(aside)
     run.publish_adapter(aside, step)
     emit(Stopped(step=step, total_steps=total, adapter_saved=True) if stopped else Finished(step=step))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -16,7 +16,8 @@ def main() -> None:
     parser.add_argument("name", choices=NAMES)
     name = parser.parse_args().name
     libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "peft", "bitsandbytes", "gradio"))
-    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {libraries}\n", flush=True)
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{machine}; {libraries}\n", flush=True)
     importlib.import_module(f"tests.benchmarks.{name}").main()
 
 
