@@ -81,9 +81,11 @@ def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     printers: list[threading.Thread] = []
     ended = threading.Event()
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
     def on_start(run: Run) -> None:
-        signal.signal(signal.SIGINT, lambda *_: run.request_stop())
-        signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
+        for number in before:
+            signal.signal(number, lambda *_: run.request_stop())
         if not arguments.json:
             print(f"Run {run.id}  (Ctrl-C stops it and keeps the adapter)", flush=True)
         printers.append(threading.Thread(target=follow, args=(run, arguments.json, ended)))
@@ -95,6 +97,8 @@ def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
         ended.set()
         for printer in printers:
             printer.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     failure = next((event for event in run.read()[0] if isinstance(event, Failed)), None)
     if failure is None:
         if not arguments.json and run.adapter.is_dir():

@@ -70,6 +70,26 @@ class EngineChat:
                 give_memory_back()
 
 
+class Shelf:
+    """The data sets that pages looked at last, so that turning a page or typing a number does not read them again."""
+
+    def __init__(self, root: Path, kept: int = 4) -> None:
+        self._root, self._kept = root, kept
+        self._sets: dict[tuple[str, float], checks.DataSet] = {}
+        self._lock = threading.Lock()
+
+    def read(self, reference: str) -> checks.DataSet:
+        """The data set as it is now; a file that has changed is read again. Raises UserError."""
+        path = Path(reference)
+        key = (reference, path.stat().st_mtime if path.is_file() else 0.0)
+        with self._lock:
+            found = self._sets.pop(key, None) or checks.prepare(reference, self._root)
+            self._sets[key] = found
+            if len(self._sets) > self._kept:
+                self._sets.pop(next(iter(self._sets)))
+            return found
+
+
 class Watch:
     """Every run's progress, read on from where the last look ended. Any number of pages share it."""
 
@@ -99,6 +119,7 @@ class Services:
     jobs: Jobs
     chat: Chat
     watch: Watch
+    shelf: Shelf
     hardware: Callable[[], Hardware | None]
 
     def start(self, config: RunConfig) -> Run:
@@ -111,10 +132,6 @@ class Services:
                 field="model",
             )
         return self.jobs.start(config)
-
-    def read_data(self, reference: str) -> checks.DataSet:
-        """Read and check a data set for a page."""
-        return checks.prepare(reference, self.workspace.root)
 
     def trained_pieces(self, config: RunConfig, rows: Sequence[checks.Conversation]) -> list[list[tuple[str, bool]]]:
         """The rows as the model will read them: text in order, each piece with whether it is trained. Raises UserError."""
@@ -155,7 +172,9 @@ class WarmUp:
 def build(workspace: Workspace, warm_up: WarmUp) -> Services:
     """The real services over a workspace."""
     chat = EngineChat(workspace)
-    return Services(workspace=workspace, jobs=Jobs(workspace, make_room=chat.release), chat=chat, watch=Watch(), hardware=warm_up.hardware)
+    jobs = Jobs(workspace, make_room=chat.release)
+    shelf = Shelf(workspace.root)
+    return Services(workspace=workspace, jobs=jobs, chat=chat, watch=Watch(), shelf=shelf, hardware=warm_up.hardware)
 
 
 def _ignore(event: Event) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,6 @@ from qlora_ui.runs import Run, Workspace
 from qlora_ui.stopping import Cancelled
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Training in the foreground takes Ctrl-C for itself; pytest wants it back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def train_arguments(data: Path, *more: str, **values: object) -> list[str]:
@@ -146,7 +137,9 @@ def test_ctrl_c_stops_the_training_and_exits_0(
             threading.Event().wait(0.01)
 
     monkeypatch.setattr(engine, "train", train)
+    handler = signal.getsignal(number)
     assert main(train_arguments(rows)) == 0
+    assert signal.getsignal(number) is handler
     assert "Stop was asked for" in capsys.readouterr().out
     (run,) = workspace.all()
     assert tiny.events_of(run, Stopped)[0].step == 0

@@ -104,6 +104,15 @@ class Hub:
             self.hanging.set()
             self.let_go.wait(60)
 
+    def end_of_hanging(self) -> None:
+        """Answer everything, and wait for those who were left alone with a question."""
+        self.hang_at = ""
+        self.let_go.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("abandonable"):
+                thread.join(20)
+                assert not thread.is_alive()
+
 
 def digest(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
@@ -125,7 +134,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     use(monkeypatch, hub.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield hub
-    hub.let_go.set()
+    hub.end_of_hanging()
     hub.server.shutdown()
     hub.server.server_close()
 
@@ -226,12 +235,7 @@ def test_what_was_abandoned_ends_by_itself_and_the_next_fetch_is_whole(workspace
     hub.hang_at = "weights"
     with pytest.raises(Cancelled):
         find("o/good", "main", workspace.models, lambda event: None, hub.hanging.is_set)
-    hub.hang_at = ""
-    hub.let_go.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("abandonable"):
-            thread.join(20)
-            assert not thread.is_alive()
+    hub.end_of_hanging()
     found, _ = fetched(workspace)
     assert (found.folder / "model.safetensors").read_bytes() == (hub.models["o/good"] / "model.safetensors").read_bytes()
 

@@ -101,7 +101,7 @@ def choose_hub(services: Services, hub_id: str, chosen: str) -> list[Any]:
 def choose(services: Services, reference: str) -> list[Any]:
     """Read a data set and show its report; a set that cannot be used is not chosen."""
     try:
-        data = services.read_data(reference)
+        data = services.shelf.read(reference)
     except UserError as error:
         return refused(error)
     rows = data.conversations[:ROWS_A_PAGE]
@@ -116,7 +116,7 @@ def refused(error: UserError) -> list[Any]:
 def turn_page(services: Services, by: int, chosen: str, page: int) -> int:
     if not chosen:
         return 0
-    pages = -(-len(services.read_data(chosen).conversations) // ROWS_A_PAGE)
+    pages = -(-len(services.shelf.read(chosen).conversations) // ROWS_A_PAGE)
     return (page + by) % pages
 
 
@@ -124,7 +124,7 @@ def show_rows(services: Services, chosen: str, page: int, view: str, preset: str
     """The page's rows as chat, or through the tokenizer and template that training uses."""
     if not chosen:
         return ""
-    rows = services.read_data(chosen).conversations[page * ROWS_A_PAGE : (page + 1) * ROWS_A_PAGE]
+    rows = services.shelf.read(chosen).conversations[page * ROWS_A_PAGE : (page + 1) * ROWS_A_PAGE]
     if view == AS_CHAT:
         return markup.bubbles(rows)
     try:

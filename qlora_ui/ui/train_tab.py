@@ -104,7 +104,7 @@ def describe_plan(services: Services, names: list[str], preset: str, data: str, 
     """What is chosen and what Start will do, or what is still wrong with it; and the draft, once it is right."""
     if not data:
         return markup.note("No data set is chosen. Choose one on the Data tab."), "", gr.skip()
-    rows = services.read_data(data)
+    rows = services.shelf.read(data)
     chosen = markup.note(f"Data: {sources.shown(data)}, {len(rows.conversations):,} rows")
     try:
         config = form.read(preset, data, names, values)
