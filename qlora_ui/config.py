@@ -249,6 +249,11 @@ class Knob:
     choices: tuple[str, ...]
     main: bool
 
+    @property
+    def title(self) -> str:
+        """The label, with the unit where the label does not say it."""
+        return f"{self.label} ({self.unit})" if self.unit and self.unit not in self.label.lower() else self.label
+
     def parse(self, value: Any) -> Any:
         """The value in the knob's type, from text, a form or YAML. Raises UserError when it has no such reading."""
         if self.kind is str:

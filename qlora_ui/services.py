@@ -83,7 +83,9 @@ class Shelf:
         path = Path(reference)
         key = (reference, path.stat().st_mtime if path.is_file() else 0.0)
         with self._lock:
-            found = self._sets.pop(key, None) or checks.prepare(reference, self._root)
+            found = self._sets.pop(key, None)
+        found = found or checks.prepare(reference, self._root)  # without the lock: a slow Hub must not hold up other pages
+        with self._lock:
             self._sets[key] = found
             if len(self._sets) > self._kept:
                 self._sets.pop(next(iter(self._sets)))

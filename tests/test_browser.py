@@ -273,5 +273,4 @@ def test_every_field_has_a_label_and_every_knob_is_on_the_form(page: Page) -> No
     page.get_by_text("Advanced", exact=True).click()
     for knob in KNOBS.values():
         if knob.name not in ELSEWHERE:
-            label = f"{knob.label} ({knob.unit})" if knob.unit else knob.label
-            expect(page.locator(f"#field-{knob.name}").get_by_label(label).first).to_be_visible()
+            expect(page.locator(f"#field-{knob.name}").get_by_label(knob.title).first).to_be_visible()

@@ -25,8 +25,7 @@ MODEL_CHOICES = [("SmolLM2-135M-Instruct (starter)", STARTER_MODEL)]
 
 def field(knob: Knob, value: Any) -> gr.components.Component:
     """The component that suits a knob's type. Bounds are checked by the config, whose sentences are better than a browser's."""
-    label = f"{knob.label} ({knob.unit})" if knob.unit else knob.label
-    common = {"label": label, "info": knob.help, "elem_id": f"field-{knob.name}", "value": value}
+    common = {"label": knob.title, "info": knob.help, "elem_id": f"field-{knob.name}", "value": value}
     if knob.kind is bool:
         return gr.Checkbox(**common)
     if knob.choices:
