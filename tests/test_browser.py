@@ -127,6 +127,9 @@ def test_a_person_trains_the_starter_model_and_talks_to_it_beside_its_base(brows
         expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
         for side in ("#chat-tuned", "#chat-base"):
             expect(page.locator(f"{side} .bot").last).to_contain_text(re.compile(r"\w"))
+        page.locator("#chat-clear").click()  # in the middle of the answer
+        expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
+        expect(page.locator("#chat-tuned")).not_to_contain_text("And 4?")
         assert page.faults == other.faults == []  # type: ignore[attr-defined]
 
 

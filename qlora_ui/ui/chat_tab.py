@@ -33,6 +33,7 @@ class Wish:
     """What one page's person wants of the answer being written; Gradio keeps one for each page."""
 
     stop: bool = False
+    start_over: bool = False
 
 
 def build(services: Services) -> ChatTab:
@@ -62,15 +63,21 @@ def build(services: Services) -> ChatTab:
     told = [tuned, base, note, text, send, stop]
     wish = gr.State(Wish())
     gr.on([send.click, text.submit], partial(answer, services), [wish, *asked], told, concurrency_limit=1, concurrency_id="chat", **quiet)
-    gr.on([stop.click, clear.click, run.input], ask_to_stop, [wish], None, queue=False, **quiet)
+    stop.click(ask_to_stop, [wish], None, queue=False, **quiet)
+    gr.on([clear.click, run.input], start_over, [wish], [tuned, base, note], queue=False, **quiet)
     compare.change(lambda on: gr.update(visible=on), [compare], [base], **quiet)
-    gr.on([clear.click, run.input], lambda: [[], [], ""], None, [tuned, base, note], concurrency_limit=1, concurrency_id="chat", **quiet)
     gr.api(partial_named(services), api_name="chat", concurrency_limit=1, concurrency_id="chat")
     return ChatTab(run=run, send=send)
 
 
 def ask_to_stop(wish: Wish) -> None:
     wish.stop = True
+
+
+def start_over(wish: Wish) -> list[Any]:
+    """Empty both columns; an answer that is being written ends, and empties them once more."""
+    wish.stop = wish.start_over = True
+    return [[], [], ""]
 
 
 def answer(
@@ -87,7 +94,7 @@ def answer(
     seed: float | None,
 ) -> Iterator[list[Any]]:
     """Stream the answer, or both answers, of one turn. A page that goes away closes this generator and with it the answer."""
-    wish.stop = False
+    wish.stop = wish.start_over = False
     if not text.strip() or not run_id:
         why = (
             "There is no run to talk to yet. Train one first, on the Train tab."
@@ -117,7 +124,7 @@ def answer(
         yield [tuned, base, markup.error(f"The answer broke off: {error}. Send again, or choose another run."), text, *READY]
         raise
     else:
-        yield [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
+        yield [[], [], "", gr.skip(), *READY] if wish.start_over else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
 
 
 def columns(histories: Sequence[list[Turn]]) -> list[Any]:
