@@ -34,13 +34,14 @@ class Workspace:
     @staticmethod
     def open(home: str | os.PathLike[str] | None = None) -> Workspace:
         """The workspace of `--home`, else of QLORA_UI_HOME, else the project's own; made when missing."""
-        root = Path(home or os.environ.get(ENV) or DEFAULT_HOME).expanduser().resolve()
-        workspace = Workspace(root=root)
+        root = Path(home or os.environ.get(ENV) or DEFAULT_HOME)
         try:
+            workspace = Workspace(root=root.expanduser().resolve())
             for folder in (workspace.runs, workspace.models, workspace.uploads):
                 folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The workspace {root} cannot be written ({error.strerror}). Choose another with --home or {ENV}.") from error
+        except (OSError, RuntimeError) as error:  # the latter for the home of a user that is not
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"The workspace {root} cannot be written ({reason}). Choose another with --home or {ENV}.") from error
         return workspace
 
     @property

@@ -263,7 +263,8 @@ def test_killed_training_is_interrupted_at_its_step_with_a_checkpoint_that_loads
     settings = {**tiny.tiny_config(rows, max_steps=1_000_000, save_steps=3, eval_steps=1_000_000).values()}
     command = [sys.executable, "-m", "qlora_ui", "train", "--json"]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         told = []
         for line in child.stdout:

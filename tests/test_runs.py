@@ -322,6 +322,8 @@ def test_the_workspace_is_where_it_was_asked_for(tmp_path: Path, monkeypatch: py
 
 
 def test_a_workspace_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^The workspace ~nobody-here/x cannot be written \(.+\)\. Choose another"):
+        Workspace.open("~nobody-here/x")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"The workspace {tmp_path}/file cannot be written \(.+\)\. Choose another with --home or {ENV}\."):
         Workspace.open(tmp_path / "file")

@@ -162,6 +162,11 @@ def test_held_out_loss_is_measured_before_the_first_step(finished: Watched) -> N
     assert losses == sorted(losses, reverse=True)
 
 
+def test_the_result_is_measured_also_when_the_last_step_is_between_two_measurements(place: tuple[Workspace, Path]) -> None:
+    run = trained(*place, max_steps=3, eval_steps=100)
+    assert [event.step for event in tiny.events_of(run, HeldOut)] == [0, 3]
+
+
 def test_without_a_held_out_share_there_is_no_held_out_loss(place: tuple[Workspace, Path]) -> None:
     run = trained(*place, held_out_share=0, max_steps=1)
     assert run.state() == "finished"

@@ -100,6 +100,9 @@ def _built(tied: bool) -> tempfile.TemporaryDirectory[str]:
 
 def tiny_model(folder: Path, *, tied: bool = True) -> Path:
     """Make `folder` a model: safetensors, config and tokenizer. Built once a process, copied after that."""
+    import torch
+
+    torch.set_num_threads(1)  # what is this small gains nothing from a second core, and loses much when others want that core
     return Path(shutil.copytree(_built(tied).name, folder))
 
 
