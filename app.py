@@ -58,6 +58,7 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
             time.sleep(3600)
     except KeyboardInterrupt:
         page.close()
+        os._exit(0)  # without waiting for threads that were left to themselves, such as a request to a Hub that hangs
 
 
 def host_check(flags: argparse.Namespace) -> list[Middleware]:

@@ -127,13 +127,20 @@ class Services:
     def start(self, config: RunConfig) -> Run:
         """Start a training asked for by a page: every path in it must lie inside the workspace. Raises UserError."""
         sources.check(config.data.data, self.workspace.root)
-        model = Path(config.model.model).expanduser()
-        if model.exists() and not model.resolve().is_relative_to(self.workspace.root):
+        if self._is_elsewhere(config.model.model):
             raise UserError(
                 f"The model {config.model.model} is outside the workspace. Put its folder into {self.workspace.models} and give its name.",
                 field="model",
             )
         return self.jobs.start(config)
+
+    def _is_elsewhere(self, model: str) -> bool:
+        """Whether the name is a path that exists outside the workspace."""
+        try:
+            path = Path(model).expanduser()
+            return path.exists() and not path.resolve().is_relative_to(self.workspace.root)
+        except (OSError, RuntimeError, ValueError):  # no path at all: a name too long, a NUL, the home of nobody
+            return False
 
     def trained_pieces(self, config: RunConfig, rows: Sequence[checks.Conversation]) -> list[list[tuple[str, bool]]]:
         """The rows as the model will read them: text in order, each piece with whether it is trained. Raises UserError."""

@@ -179,12 +179,15 @@ def test_a_template_that_refuses_a_conversation_is_one_sentence(template: str) -
     assert caught.value.field == "prompt_format"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused_unless_everything_is_trained() -> None:
     forgetful = "{% for turn in messages %}{% if loop.last or turn['role'] == 'user' %}{{ turn['content'] }}{% endif %}{% endfor %}"
     tokenizer = tokenizer_in("tokenizer", forgetful)
-    with pytest.raises(UserError, match="rewrites earlier turns") as caught:
-        encode(tokenizer, talk("Q", "A", "R", "B"), "assistant", LONG)
-    assert caught.value.field == "prompt_format"
+    for train_on in ("assistant", "last"):
+        with pytest.raises(UserError, match="rewrites earlier turns") as caught:
+            encode(tokenizer, talk("Q", "A", "R", "B"), train_on, LONG)
+        assert caught.value.field == "prompt_format"
+    everything = encode(tokenizer, talk("Q", "A", "R", "B"), "everything", LONG)
+    assert trained_texts(tokenizer, everything) == ["QRB"]
 
 
 def test_the_default_of_several_templates_is_taken() -> None:

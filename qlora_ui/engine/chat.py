@@ -61,7 +61,8 @@ class ChatModel:
         if not run.adapter.is_dir():
             raise UserError(f"{run.id} has no adapter yet. Choose a run that finished or was stopped after its first step.", field="run")
         config = run.config()
-        found = find(config.model.model, config.model.revision, run.workspace.models, emit, should_stop)
+        revision = run.facts().get("model_commit") or config.model.revision  # the very base that it was trained on
+        found = find(config.model.model, revision, run.workspace.models, emit, should_stop)
         base = load_quantized(found, config.quantization, detect(config.quantization.compute_dtype), emit, should_stop)
         self.run_id = run.id
         self.tokenizer: Any = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False, padding_side="left")

@@ -117,6 +117,11 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
     return text, found
 
 
+def whole(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """The text of a conversation, without asking whose it is: this also works for templates that rewrite earlier turns."""
+    return _plain(tokenizer, [{"role": message.role, "content": message.content} for message in messages])
+
+
 def prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
     """The text that asks for the assistant's next turn."""
     return _plain(tokenizer, [{"role": message.role, "content": message.content} for message in messages], add_generation_prompt=True)
@@ -124,7 +129,7 @@ def prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 def encode(tokenizer: Any, messages: Sequence[Message], train_on: str, max_seq_len: int) -> Encoded:
     """One conversation as ids and labels, cut at `max_seq_len` tokens. `train_on` is assistant, last or everything."""
-    text, spans = render(tokenizer, messages)
+    text, spans = (whole(tokenizer, messages), []) if train_on == "everything" else render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = encoded["input_ids"]
     if train_on == "everything":

@@ -148,9 +148,9 @@ def partial_named(services: Services) -> Any:
         from qlora_ui.engine.chat import Sampling
 
         who: Literal["adapter", "base"] = "base" if base else "adapter"
-        drawn = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
         said = ""
         try:
+            drawn = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
             for answers in services.chat.reply(services.workspace.get(run), [(who, [Message(role="user", content=prompt)])], drawn):
                 said = answers.texts[0]
         except UserError as error:
