@@ -30,9 +30,17 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    if not 1 <= flags.port <= 65535:
+        print(f"--port is {flags.port}: it must be a whole number from 1 to 65535.", file=sys.stderr)
+        return 2
     for run in workspace.settle():
         print(f"{run.id} had been interrupted at step {run.last_step()}; its checkpoints are in {run.folder}")
-    serve(flags, workspace)
+    try:
+        serve(flags, workspace)
+    except OSError as error:
+        reason = f"port {flags.port} is in use, or {flags.host} is no address of this machine"
+        print(f"The app cannot listen on {flags.host}:{flags.port} ({reason}): choose another --port or --host. {error}", file=sys.stderr)
+        return 2
     return 0
 
 

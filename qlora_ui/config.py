@@ -52,6 +52,11 @@ class ModelConfig(_Checked):
     )
     revision: str = knob("main", "Revision", "Branch, tag or commit of the model on the Hub.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise UserError("No model is chosen. Give a Hugging Face id (owner/name).", field="model")
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig(_Checked):

@@ -65,7 +65,7 @@ class Workspace:
 
         The run's lock is held on return, and was before the config made the folder a run: nobody can find it orphaned.
         """
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         for suffix in ("", *(f"-{n}" for n in range(2, 100))):
             run = Run(folder=self.runs / f"{stamp}-{name}{suffix}")
             try:
@@ -105,7 +105,7 @@ class Workspace:
         return next((run for run in self._newest_first() if run.state() == "running"), None)
 
     def _newest_first(self) -> Iterator[Run]:
-        for name in sorted(os.listdir(self.runs), reverse=True):
+        for name in sorted(os.listdir(self.runs) if self.runs.is_dir() else (), reverse=True):
             run = Run(folder=self.runs / name)
             if RUN_ID.fullmatch(name) and run.config_path.is_file():
                 yield run

@@ -44,6 +44,8 @@ class EngineChat:
 
     def reply(self, run: Run, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]:
         """Stream the answers of all sides, loading the run's model first when it is another. Raises UserError."""
+        if not all(conversation[-1].content.strip() for _, conversation in sides):
+            raise UserError("The message is empty. Write a question.")
         with self._lock:
             live = self._workspace.live()
             if live is not None:
@@ -56,7 +58,7 @@ class EngineChat:
             for answers in self._model.reply(sides, sampling):
                 yield answers
                 if self._wanted_back.is_set():
-                    return
+                    raise UserError("The answer was cut off: a training was started and needs the device. Ask again when it has ended.")
 
     def release(self) -> None:
         """End the answer that is being written, at its next token, and let go of the model."""

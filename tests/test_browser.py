@@ -277,3 +277,16 @@ def test_every_field_has_a_label_and_every_knob_is_on_the_form(page: Page) -> No
     for knob in KNOBS.values():
         if knob.name not in ELSEWHERE:
             expect(page.locator(f"#field-{knob.name}").get_by_label(knob.title).first).to_be_visible()
+
+
+def test_the_report_is_always_of_the_source_that_is_selected(page: Page, tmp_path: Path) -> None:
+    upload(page, tiny.tiny_rows(tmp_path / "mine.json", 9))
+    expect(page.locator("#data-summary")).to_contain_text("9 rows")
+    page.locator("#data-source").get_by_text("Bundled", exact=True).click()
+    expect(page.locator("#data-summary")).to_contain_text("252 rows")
+    page.locator("#data-source").get_by_text("Upload", exact=True).click()
+    expect(page.locator("#data-summary")).to_contain_text("9 rows")
+    page.wait_for_function("localStorage.getItem('qlora-ui-draft') !== null")
+    page.locator("#data-source").get_by_text("Hugging Face", exact=True).click()
+    expect(page.locator("#data-summary .problem")).to_contain_text("is no Hugging Face id")
+    expect(page.locator("#data-use")).to_be_disabled()

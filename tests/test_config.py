@@ -32,7 +32,8 @@ def values_of(knob: Knob) -> st.SearchStrategy[Any]:
     if knob.kind is bool:
         return st.booleans()
     if knob.kind is str:
-        return st.text().map(str.strip)
+        written = st.text().map(str.strip)
+        return written.filter(bool) if knob.name == "model" else written
     assert knob.low is not None
     assert knob.high is not None
     if knob.kind is int:
@@ -146,3 +147,9 @@ def test_another_version_is_refused_with_both_versions(version: Any) -> None:
 
 def test_the_effective_batch_is_micro_batch_times_accumulation() -> None:
     assert RunConfig().with_values({"micro_batch_size": 3, "gradient_accumulation_steps": 5}).effective_batch == 15
+
+
+def test_no_model_is_refused_with_what_to_give() -> None:
+    with pytest.raises(UserError, match="No model is chosen. Give a Hugging Face id") as caught:
+        RunConfig().with_values({"model": "  "})
+    assert caught.value.field == "model"

@@ -3,6 +3,12 @@
 import logging
 import warnings
 
+# All of it here: Python lets one thread at a time import a package, while transformers, which fills itself in lazily,
+# breaks when two threads (the warm-up, a training, a chat) begin to import from it at once.
+import bitsandbytes  # noqa: F401
+import peft  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
+
 # Libraries' notes to other programmers, which a person at the command line would take for a fault of theirs.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

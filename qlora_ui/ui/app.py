@@ -70,11 +70,11 @@ def wire(
     page.load(
         partial(opened, services, train.names),
         [draft],
-        [train.preset, *train.fields, data.chosen, data.page, data.summary, data.preview, data.use],
+        [train.preset, *train.fields, data.source, data.chosen, data.page, data.summary, data.preview, data.use],
         **QUIET,
-    ).then(plan, form_values, [train.data_line, train.plan, draft], **QUIET)
+    ).then(plan, form_values, [train.data_line, train.plan, train.message, draft], **QUIET)
     changes = [data.chosen.change, train.preset.input, *[f.change for f in train.fields]]
-    gr.on(changes, plan, form_values, [train.data_line, train.plan, draft], trigger_mode="always_last", **QUIET)
+    gr.on(changes, plan, form_values, [train.data_line, train.plan, train.message, draft], trigger_mode="always_last", **QUIET)
 
     rows_of = [data.chosen, data.page, data.view, train.preset]
     gr.on(
@@ -101,7 +101,7 @@ def opened(services: Services, names: list[str], draft: dict[str, Any]) -> list[
     except (UserError, KeyError):  # a first visit, or a draft of another version
         config = presets.load(train_tab.first_preset()).config
         reference, *shown = data_tab.choose(services, config.data.data)
-    return [gr.update(value=config.preset), *form.filled(names, config.values()), reference, *shown]
+    return [gr.update(value=config.preset), *form.filled(names, config.values()), data_tab.source_of(reference), reference, *shown]
 
 
 def show_rows(services: Services, names: list[str], chosen: str, page: int, view: str, preset: str, *values: Any) -> str:
@@ -128,7 +128,7 @@ def redraw(services: Services, talking_to: str | None) -> list[Any]:
         markup.tiles(progress),
         {"run": run.id if run else "", "version": run.size() if run else 0},
         markup.log(progress),
-        gr.skip() if running else run_choices(services, talking_to),
+        gr.skip() if running and talking_to else run_choices(services, talking_to),
     ]
 
 

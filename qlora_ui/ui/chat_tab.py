@@ -65,13 +65,18 @@ def build(services: Services) -> ChatTab:
     gr.on([send.click, text.submit], partial(answer, services), [wish, *asked], told, concurrency_limit=1, concurrency_id="chat", **quiet)
     stop.click(ask_to_stop, [wish], None, queue=False, **quiet)
     gr.on([clear.click, run.input], start_over, [wish], [tuned, base, note], queue=False, **quiet)
-    compare.change(lambda on: gr.update(visible=on), [compare], [base], **quiet)
+    compare.change(switch_compare, [compare, tuned, base], [base], **quiet)
     gr.api(partial_named(services), api_name="chat", concurrency_limit=1, concurrency_id="chat")
     return ChatTab(run=run, send=send)
 
 
 def ask_to_stop(wish: Wish) -> None:
     wish.stop = True
+
+
+def switch_compare(on: bool, tuned: list[Turn], base: list[Turn]) -> Any:
+    """A base that joins late continues from the same conversation, so that the next two answers can be compared."""
+    return gr.update(visible=on, value=tuned) if on and len(base) != len(tuned) else gr.update(visible=on)
 
 
 def start_over(wish: Wish) -> list[Any]:

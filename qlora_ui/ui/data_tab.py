@@ -24,6 +24,7 @@ AS_CHAT, AS_READ = "As a chat", "As the model reads it"
 class DataTab:
     """The components that other tabs are wired to."""
 
+    source: gr.Radio
     chosen: gr.State
     use: gr.Button
     view: gr.Radio
@@ -58,12 +59,13 @@ def build(services: Services) -> DataTab:
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     shown = [chosen, page, summary, preview, use]
     source.change(switch_source, [source], [bundled, upload, hub_box], **quiet)
-    source.input(partial(choose_bundled, services), [source, chosen], shown, **quiet)
-    upload.upload(partial(choose_upload, services), [upload, chosen], shown, api_visibility="private")
-    gr.on([fetch.click, hub_id.submit], partial(choose_hub, services), [hub_id, chosen], shown, api_visibility="private")
+    held = [source, upload, hub_id]
+    source.input(partial(choose_held, services), held, shown, **quiet)
+    gr.on([upload.upload, upload.clear], partial(choose_held, services), held, shown, api_visibility="private")
+    gr.on([fetch.click, hub_id.submit], partial(choose_held, services), held, shown, api_visibility="private")
     back.click(partial(turn_page, services, -1), [chosen, page], [page], **quiet)
     onward.click(partial(turn_page, services, 1), [chosen, page], [page], **quiet)
-    return DataTab(chosen=chosen, use=use, view=view, page=page, summary=summary, preview=preview)
+    return DataTab(source=source, chosen=chosen, use=use, view=view, page=page, summary=summary, preview=preview)
 
 
 def bundled_card() -> str:
@@ -80,22 +82,27 @@ def switch_source(source: str) -> list[Any]:
     return [gr.update(visible=source == kind) for kind in (BUNDLED, UPLOAD, HUB)]
 
 
-def choose_bundled(services: Services, source: str, chosen: str) -> list[Any]:
-    """Going back to the bundled set chooses it; the other sources choose when they have a file or an id."""
-    return choose(services, "bundled:guanaco-starter") if source == BUNDLED else [gr.skip()] * 5
+def source_of(reference: str) -> str:
+    """Which source a reference came from."""
+    if reference.startswith(sources.BUNDLED_PREFIX):
+        return BUNDLED
+    return UPLOAD if Path(reference).suffix.lower() in sources.SUFFIXES else HUB
 
 
-def choose_upload(services: Services, path: str | None, chosen: str) -> list[Any]:
+def choose_held(services: Services, source: str, path: str | None, hub_id: str) -> list[Any]:
+    """Choose what the selected source holds, so that left and right of the tab always speak of the same rows."""
     try:
-        return choose(services, sources.import_upload(Path(path or ""), services.workspace.uploads))
+        if source == BUNDLED:
+            return choose(services, "bundled:guanaco-starter")
+        if source == UPLOAD:
+            if not path:
+                raise UserError("No file is chosen. Drop one at the left.", field="data")
+            return choose(services, sources.import_upload(Path(path), services.workspace.uploads))
+        if "/" not in hub_id or Path(hub_id).exists():
+            raise UserError(f"{hub_id!r} is no Hugging Face id. Write it at the left as owner/name.", field="data")
+        return choose(services, hub_id.strip())
     except UserError as error:
         return refused(error)
-
-
-def choose_hub(services: Services, hub_id: str, chosen: str) -> list[Any]:
-    if "/" not in hub_id or Path(hub_id).exists():
-        return refused(UserError(f"{hub_id!r} is no Hugging Face id. Write it as owner/name.", field="data"))
-    return choose(services, hub_id.strip())
 
 
 def choose(services: Services, reference: str) -> list[Any]:

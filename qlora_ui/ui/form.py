@@ -30,7 +30,9 @@ def field(knob: Knob, value: Any) -> gr.components.Component:
         return gr.Checkbox(**common)
     if knob.choices:
         return gr.Dropdown(choices=list(knob.choices), **common)
-    return gr.Number(**common) if knob.kind in (int, float) else gr.Textbox(**common)
+    if knob.kind in (int, float):
+        return gr.Number(step=1 if knob.kind is int else (knob.default or 0.1) / 10, **common)  # of the arrow keys
+    return gr.Textbox(**common)
 
 
 def main_fields(config: RunConfig) -> dict[str, gr.components.Component]:

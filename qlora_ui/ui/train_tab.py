@@ -63,7 +63,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
             tiles = gr.HTML(markup.tiles(None), elem_id="tiles")
             plot = loss_plot(curves)
-            log = gr.HTML(markup.log(None), elem_id="log-box", autoscroll=True)
+            log = gr.HTML(markup.log(None), elem_id="log-box")
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     tab = TrainTab(
@@ -100,17 +100,17 @@ def start(services: Services, names: list[str], preset: str, data: str, *values:
     return ["", *form.marked(names, None)]
 
 
-def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str, Any]:
-    """What is chosen and what Start will do, or what is still wrong with it; and the draft, once it is right."""
+def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str, str, Any]:
+    """What is chosen and what Start will do, or what is still wrong with it; what Start said before is over; and the draft."""
     if not data:
-        return markup.note("No data set is chosen. Choose one on the Data tab."), "", gr.skip()
+        return markup.note("No data set is chosen. Choose one on the Data tab."), "", "", gr.skip()
     rows = services.shelf.read(data)
     chosen = markup.note(f"Data: {sources.shown(data)}, {len(rows.conversations):,} rows")
     try:
         config = form.read(preset, data, names, values)
     except UserError as error:
-        return chosen, markup.error(str(error)), gr.skip()
-    return chosen, markup.note(plan_words(config, rows)), {"preset": preset, "values": config.values()}
+        return chosen, markup.error(str(error)), "", gr.skip()
+    return chosen, markup.note(plan_words(config, rows)), "", {"preset": preset, "values": config.values()}
 
 
 def plan_words(config: RunConfig, rows: checks.DataSet) -> str:
