@@ -150,6 +150,6 @@ def test_the_effective_batch_is_micro_batch_times_accumulation() -> None:
 
 
 def test_no_model_is_refused_with_what_to_give() -> None:
-    with pytest.raises(UserError, match="No model is chosen. Give a Hugging Face id") as caught:
+    with pytest.raises(UserError, match=r"No model is chosen\. Give a Hugging Face id") as caught:
         RunConfig().with_values({"model": "  "})
     assert caught.value.field == "model"

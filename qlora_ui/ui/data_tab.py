@@ -89,7 +89,7 @@ def source_of(reference: str) -> str:
     return UPLOAD if Path(reference).suffix.lower() in sources.SUFFIXES else HUB
 
 
-def choose_held(services: Services, source: str, path: str | None, hub_id: str) -> list[Any]:
+def choose_held(services: Services, source: str, path: str | None, hub_id: str | None) -> list[Any]:
     """Choose what the selected source holds, so that left and right of the tab always speak of the same rows."""
     try:
         if source == BUNDLED:
@@ -98,9 +98,10 @@ def choose_held(services: Services, source: str, path: str | None, hub_id: str) 
             if not path:
                 raise UserError("No file is chosen. Drop one at the left.", field="data")
             return choose(services, sources.import_upload(Path(path), services.workspace.uploads))
-        if "/" not in hub_id or Path(hub_id).exists():
-            raise UserError(f"{hub_id!r} is no Hugging Face id. Write it at the left as owner/name.", field="data")
-        return choose(services, hub_id.strip())
+        named = (hub_id or "").strip()
+        if "/" not in named or Path(named).exists():
+            raise UserError(f"{named!r} is no Hugging Face id. Write it at the left as owner/name.", field="data")
+        return choose(services, named)
     except UserError as error:
         return refused(error)
 
