@@ -252,7 +252,7 @@ def test_a_new_run_is_locked_and_holds_its_config(workspace: Workspace) -> None:
 
 
 def test_runs_of_the_same_second_are_all_found_also_with_the_longest_name(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.time, "strftime", lambda form: "20261122-100139")
+    monkeypatch.setattr(runs.time, "strftime", lambda form, moment: "20261122-100139")
     name = "n" * 48
     made = [tiny_lock_free(workspace, name) for _ in range(12)]
     assert len({run.id for run in made}) == 12
@@ -276,7 +276,7 @@ def test_a_run_that_cannot_be_written_down_leaves_no_folder(workspace: Workspace
 def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert workspace.newest() is None
     for stamp in ("20261122-100139", "20270101-000000", "20261122-100140"):
-        monkeypatch.setattr(runs.time, "strftime", lambda form, stamp=stamp: stamp)
+        monkeypatch.setattr(runs.time, "strftime", lambda form, moment, stamp=stamp: stamp)
         tiny_lock_free(workspace, "a")
     (workspace.runs / "20280101-000000-no-config").mkdir()
     (workspace.runs / "notes").mkdir()
