@@ -613,7 +613,7 @@ def test_a_damaged_model_is_one_sentence_with_its_folder(workspace: Workspace, r
     assert "damaged" in message or "prompt_format" in message
 
 
-@pytest.mark.parametrize("model", ["", "nowhere", "..", "~", "~nobody-here/x", "a\0b", "x" * 300, "a/" + "x" * 300, "a b/c", "a/b/c"])
+@pytest.mark.parametrize("model", ["nowhere", "..", "~", "~nobody-here/x", "a\0b", "x" * 300, "a/" + "x" * 300, "a b/c", "a/b/c"])
 def test_a_model_that_is_nowhere_is_one_sentence_with_its_name(workspace: Workspace, rows: Path, model: str) -> None:
     message = failure(trained(workspace, rows, model=model))
     assert "no model" in message
