@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import signal
 import sys
 import threading
@@ -15,9 +16,13 @@ from collections.abc import Sequence
 
 from qlora_ui import presets
 from qlora_ui.config import RunConfig
-from qlora_ui.data.formats import Message
+from qlora_ui.data import columns, sources
+from qlora_ui.data.checks import NothingKept, Report
+from qlora_ui.data.formats import FORMATS, Message
+from qlora_ui.data.lengths import LengthReport, lengths_of_nothing
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Failed, encode
+from qlora_ui.inspection import Inspector, Look
 from qlora_ui.jobs import Jobs
 from qlora_ui.progress import Progress, log_line
 from qlora_ui.runs import Run, Workspace
@@ -50,6 +55,15 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--json", action="store_true", help="print the run's events, one JSON object a line")
     train.set_defaults(command=train_command)
 
+    check = commands.add_parser("check-data", help="say what training would make of a data set")
+    check.add_argument("data", metavar="FILE_OR_ID", help="a file, a folder of files, bundled:NAME or a Hugging Face id")
+    check.add_argument("--format", default="auto", help=f"how rows are written: auto (the default), {', '.join(FORMATS)}")
+    check.add_argument("--map", action="append", default=[], metavar="FIELD=COLUMN", help="which column holds a field; may be repeated")
+    check.add_argument("--preset", default="starter", help="whose model, prompt format and lengths to measure with (default: starter)")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
+    check.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    check.set_defaults(command=check_data_command)
+
     chat = commands.add_parser("chat", help="ask a run's model one question")
     chat.add_argument("--run", required=True, help="the run's id, or 'last'")
     chat.add_argument("--prompt", required=True, help="what to ask")
@@ -68,11 +82,84 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     """Preset, then --data, then each --set, the later winning."""
     values = {"data": arguments.data} if arguments.data is not None else {}
     for assignment in arguments.set:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--set {assignment!r} has no '='. Write it as --set key=value.")
-        values[name.strip()] = value
+        values.update([assigned("--set", assignment)])
     return presets.load(arguments.preset).config.with_values(values)
+
+
+def assigned(flag: str, assignment: str) -> tuple[str, str]:
+    """`key=value` in two. Raises UserError."""
+    name, equals, value = assignment.partition("=")
+    if not equals:
+        raise UserError(f"{flag} {assignment!r} has no '='. Write it as {flag} key=value.")
+    return name.strip(), value.strip()
+
+
+def check_data_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
+    """Print what training would make of a data set. Ends with 2 when that is nothing."""
+    mapping = columns.write(dict(assigned("--map", pair) for pair in arguments.map))
+    config = read_config(arguments).with_values({"data_format": arguments.format, "columns": mapping})
+    seen: Look | None = None
+    try:
+        for seen in Inspector(workspace, within=None).look(config, fetch=True):
+            if sys.stderr.isatty():
+                print(f"\r\033[K{seen.doing}", end="", file=sys.stderr, flush=True)
+    except NothingKept as error:
+        nothing = lengths_of_nothing(config.data.max_seq_len, config.data.long_rows)
+        print(json.dumps(data_report(error.report, nothing)) if arguments.json else data_words(error.report, nothing))
+        raise
+    if seen is None or seen.data is None or seen.lengths is None:
+        raise UserError(seen.no_tokens if seen else f"{arguments.data} could not be read.")
+    if arguments.json:
+        print(json.dumps(data_report(seen.data.report, seen.lengths)))
+    else:
+        print(data_words(seen.data.report, seen.lengths))
+    if seen.problem:
+        print(seen.problem, file=sys.stderr)
+    return 2 if seen.problem else 0
+
+
+def data_report(report: Report, lengths: LengthReport) -> dict[str, object]:
+    """The report as scripts read it. Tokens are those that training reads, after long rows were dealt with."""
+    return {
+        **report.to_dict(),
+        "tokens_total": lengths.tokens_total,
+        "tokens_trained": lengths.tokens_trained,
+        "trained_share": lengths.trained_share,
+        "longest": lengths.longest,
+        "max_seq_len": lengths.max_seq_len,
+        "long_rows": lengths.long_rows,
+        "truncated_at_max_seq_len": lengths.over,
+        "tokens_lost": lengths.tokens_lost,
+        "trained_lost": lengths.trained_lost,
+        "untrainable": list(lengths.untrainable),
+        "suggested_max_seq_len": lengths.suggested_max_seq_len,
+        "padding_share": lengths.padding_share,
+        "padding_share_packed": lengths.padding_share_packed,
+    }
+
+
+def data_words(report: Report, lengths: LengthReport) -> str:
+    """The report as a person reads it."""
+    formats = ", ".join(f"{name} {rows:,}" for name, rows in report.formats.items())
+    scripts = ", ".join(f"{name} {rows:,}" for name, rows in report.scripts.items())
+    lines = [f"{sources.shown(report.source)}: {report.summary()}"]
+    if report.kept:
+        lines += [
+            f"Formats: {formats}. Scripts: {scripts}.",
+            f"Tokens: {lengths.tokens_total:,}, {lengths.trained_share:.0%} trained. The longest row has {lengths.longest:,}.",
+            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens lost "
+            f"({lengths.trained_lost:,} trained). Suggested: {lengths.suggested_max_seq_len:,}.",
+            f"Padding: {lengths.padding_share:.0%} of a batch, {lengths.padding_share_packed:.0%} if packed.",
+        ]
+    if lengths.left_out:
+        lines.append(f"Left out for their length, or with nothing left to train on: {lengths.left_out:,} rows.")
+    if report.unused_columns:
+        lines.append(f"Columns that are not read: {', '.join(report.unused_columns)}.")
+    if report.held_out_split:
+        lines.append(f"Held out: {report.held_out_rows:,} rows of the split {report.held_out_split}.")
+    for title, dropped in (("Dropped", report.dropped), (f"Dropped from {report.held_out_split}", report.held_out_dropped)):
+        lines += [f"{title}: row {row.row}: {row.reason}" for row in dropped]
+    return "\n".join(lines)
 
 
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:

@@ -65,7 +65,10 @@ class Planned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Event):
-    """One optimizer step done. `loss` is the mean over the step's trained tokens; None when it was not finite."""
+    """One optimizer step done. `loss` is the mean over the step's trained tokens; None when it was not finite.
+
+    A step whose loss or gradients were not finite is `skipped`: it counts, but nothing of it reached the weights.
+    """
 
     kind: ClassVar[str] = "step"
     step: int
@@ -75,6 +78,7 @@ class Step(Event):
     tokens_per_second: float
     memory_gib: float
     epoch: float
+    skipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +89,31 @@ class HeldOut(Event):
     step: int
     loss: float
 
+    @property
+    def perplexity(self) -> float:
+        """Of how many tokens the model was in doubt, on average; bounded, because a float is."""
+        return math.exp(min(self.loss, 700))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Event):
+    """What the untouched base and the adapter answer to the same prompt after `step` optimizer steps."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    prompt: str
+    base: str
+    adapter: str
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is complete on disk; `name` is its folder inside the run folder."""
+    """A checkpoint is complete on disk; `name` is its folder inside the run folder. `best`: no saved one before was better."""
 
     kind: ClassVar[str] = "checkpoint_saved"
     step: int
     name: str
+    best: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +133,12 @@ class StopRequested(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
-    """All steps were done and the adapter was saved."""
+    """The training came to its end and the adapter was saved. `reason` says why it ended before its last step, if it did."""
 
     kind: ClassVar[str] = "finished"
     state: ClassVar[State | None] = "finished"
     step: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +180,7 @@ KINDS: dict[str, type[Event]] = {
         Planned,
         Step,
         HeldOut,
+        Sample,
         CheckpointSaved,
         AdapterSaved,
         StopRequested,

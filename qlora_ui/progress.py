@@ -5,6 +5,7 @@ Pure: knows nothing of disk, Gradio or torch.
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from qlora_ui.events import (
     Phase,
     PhaseProgress,
     Planned,
+    Sample,
     State,
     Step,
     Stopped,
@@ -85,6 +87,8 @@ class Progress:
         self.loss: float | None = None
         self.held_out_loss: float | None = None
         self.best: HeldOut | None = None
+        self.best_checkpoint: CheckpointSaved | None = None
+        self.skipped_steps = 0
         self.train = Curve()
         self.held_out: list[tuple[int, float]] = []
         self.log: deque[str] = deque(maxlen=60)
@@ -130,6 +134,7 @@ class Progress:
         elif isinstance(event, Step):
             self.last = event
             self._step_times.append(event.time)
+            self.skipped_steps += event.skipped
             if event.loss is not None:
                 self.loss = event.loss
                 self.train.add(event.step, event.loss)
@@ -138,6 +143,10 @@ class Progress:
             self.held_out_loss = event.loss
             self.best = event if self.best is None or event.loss < self.best.loss else self.best
             self._step_times.clear()  # the time of an evaluation is not the pace of a step
+        elif isinstance(event, Sample):
+            self._step_times.clear()
+        elif isinstance(event, CheckpointSaved):
+            self.best_checkpoint = event if event.best else self.best_checkpoint
         elif isinstance(event, StopRequested):
             self.stopping = True
         elif isinstance(event, AdapterSaved):
@@ -174,7 +183,7 @@ class Progress:
         """How the run ended, in one sentence; empty while it runs."""
         end = self.end
         if isinstance(end, Finished):
-            return f"Finished: {end.step} steps, adapter saved"
+            return f"Finished: {end.step} steps, adapter saved{f'; {end.reason}' if end.reason else ''}"
         if isinstance(end, Stopped):
             if end.adapter_saved:
                 return f"Stopped at step {end.step} of {end.total_steps}, adapter saved"
@@ -211,11 +220,15 @@ def log_line(event: Event) -> str:
         )
     if isinstance(event, Step):
         loss = "not finite" if event.loss is None else f"{event.loss:.4f}"
-        return f"step {event.step}  loss {loss}  lr {event.learning_rate:.2e}  {event.tokens_per_second:.0f} tokens/s"
+        skipped = "  skipped: the weights stay as they were" if event.skipped else ""
+        return f"step {event.step}  loss {loss}  lr {event.learning_rate:.2e}  {event.tokens_per_second:.0f} tokens/s{skipped}"
     if isinstance(event, HeldOut):
-        return f"step {event.step}  held-out loss {event.loss:.4f}"
+        return f"step {event.step}  held-out loss {event.loss:.4f}  perplexity {event.perplexity:.4g}"
+    if isinstance(event, Sample):
+        asked, base, adapter = (textwrap.shorten(said, 160, placeholder=" …") for said in (event.prompt, event.base, event.adapter))
+        return f"step {event.step}  asked: {asked}  ·  base: {base}  ·  adapter: {adapter}"
     if isinstance(event, CheckpointSaved):
-        return f"step {event.step}  checkpoint saved"
+        return f"step {event.step}  checkpoint saved{', the best so far' if event.best else ''}"
     if isinstance(event, StopRequested):
         return "Stop was asked for"
     if event.state not in (None, "running"):

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from qlora_ui import presets
 from qlora_ui.config import RunConfig
-from qlora_ui.data import checks, sources
+from qlora_ui.data import sources
 from qlora_ui.data.formats import Message
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event
+from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run, Workspace
@@ -72,28 +74,6 @@ class EngineChat:
                 give_memory_back()
 
 
-class Shelf:
-    """The data sets that pages looked at last, so that turning a page or typing a number does not read them again."""
-
-    def __init__(self, root: Path, kept: int = 4) -> None:
-        self._root, self._kept = root, kept
-        self._sets: dict[tuple[str, float], checks.DataSet] = {}
-        self._lock = threading.Lock()
-
-    def read(self, reference: str) -> checks.DataSet:
-        """The data set as it is now; a file that has changed is read again. Raises UserError."""
-        path = Path(reference)
-        key = (reference, path.stat().st_mtime if path.is_file() else 0.0)
-        with self._lock:
-            found = self._sets.pop(key, None)
-        found = found or checks.prepare(reference, self._root)  # without the lock: a slow Hub must not hold up other pages
-        with self._lock:
-            self._sets[key] = found
-            if len(self._sets) > self._kept:
-                self._sets.pop(next(iter(self._sets)))
-            return found
-
-
 class Watch:
     """Every run's progress, read on from where the last look ended. Any number of pages share it."""
 
@@ -123,18 +103,36 @@ class Services:
     jobs: Jobs
     chat: Chat
     watch: Watch
-    shelf: Shelf
+    inspector: Inspector
     hardware: Callable[[], Hardware | None]
 
+    def check_data(self, config: RunConfig) -> None:
+        """Raise UserError when the data cannot be read, none of it can be kept, or none of its tokens would be trained."""
+        if config.data.data:
+            self.inspector.read(config.data)
+            seen = self.inspector.known(config)
+            if seen is not None and seen.problem:
+                raise UserError(seen.problem, field="max_seq_len")
+
     def start(self, config: RunConfig) -> Run:
-        """Start a training asked for by a page: every path in it must lie inside the workspace. Raises UserError."""
+        """Start a training asked for by a page: its paths lie inside the workspace, its code is the owner's choice. Raises UserError."""
         sources.check(config.data.data, self.workspace.root)
         if self._is_elsewhere(config.model.model):
             raise UserError(
                 f"The model {config.model.model} is outside the workspace. Put its folder into {self.workspace.models} and give its name.",
                 field="model",
             )
+        if config.model.trust_remote_code and not self._is_allowed(config):
+            raise UserError(
+                f"trust_remote_code is on, but a page may not let {config.model.model} run its own code. Train it on the command line with "
+                "--set trust_remote_code=true, or write a preset file for it.",
+                field="trust_remote_code",
+            )
         return self.jobs.start(config)
+
+    def _is_allowed(self, config: RunConfig) -> bool:
+        """Whether the owner's own preset file lets this very model run its code."""
+        return config.preset in presets.names() and presets.load(config.preset).config.model == config.model
 
     def _is_elsewhere(self, model: str) -> bool:
         """Whether the name is a path that exists outside the workspace."""
@@ -143,19 +141,6 @@ class Services:
             return path.exists() and not path.resolve().is_relative_to(self.workspace.root)
         except (OSError, RuntimeError, ValueError):  # no path at all: a name too long, a NUL, the home of nobody
             return False
-
-    def trained_pieces(self, config: RunConfig, rows: Sequence[checks.Conversation]) -> list[list[tuple[str, bool]]]:
-        """The rows as the model will read them: text in order, each piece with whether it is trained. Raises UserError."""
-        from qlora_ui.engine import tokens
-        from qlora_ui.engine.model import find_here, load_tokenizer
-
-        found = find_here(config.model.model, config.model.revision, self.workspace.models)
-        if found is None:
-            raise UserError(f"The exact tokens show once {config.model.model} is on this machine: the first run fetches it.", field="model")
-        tokenizer = load_tokenizer(found)
-        tokens.set_prompt_format(tokenizer, config.data.prompt_format)
-        encoded = (tokens.encode(tokenizer, row.messages, config.data.train_on, config.data.max_seq_len) for row in rows)
-        return [tokens.pieces(tokenizer, row) for row in encoded]
 
 
 class WarmUp:
@@ -184,8 +169,9 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
     """The real services over a workspace."""
     chat = EngineChat(workspace)
     jobs = Jobs(workspace, make_room=chat.release)
-    shelf = Shelf(workspace.root)
-    return Services(workspace=workspace, jobs=jobs, chat=chat, watch=Watch(), shelf=shelf, hardware=warm_up.hardware)
+    return Services(
+        workspace=workspace, jobs=jobs, chat=chat, watch=Watch(), inspector=Inspector(workspace, workspace.root), hardware=warm_up.hardware
+    )
 
 
 def _ignore(event: Event) -> None:

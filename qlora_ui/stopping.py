@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -25,3 +26,24 @@ def abandonable(call: Callable[[], Result], should_stop: Callable[[], bool]) -> 
         if should_stop():
             raise Cancelled
     return future.result()
+
+
+def watched(work: Callable[[Callable[[], bool], Callable[[int], None]], Result]) -> Generator[int, None, Result]:
+    """Run `work(should_stop, on_progress)` in a thread and yield its progress four times a second; its result is returned.
+
+    Closing the generator, as a page that goes away does, asks the work to stop. For what can be told to stop.
+    """
+    stop, done = Event(), [0]
+
+    def on_progress(count: int) -> None:
+        done[0] = count
+
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="watched")
+    future = pool.submit(work, stop.is_set, on_progress)
+    pool.shutdown(wait=False)
+    try:
+        while not wait([future], timeout=0.25).done:
+            yield done[0]
+        return future.result()
+    finally:
+        stop.set()

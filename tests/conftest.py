@@ -6,7 +6,9 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -31,6 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plain `pytest` p
 import tiny  # noqa: E402
 
 from qlora_ui.runs import ENV, Workspace  # noqa: E402
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from training import Watched
 
 settings.register_profile("house", deadline=None)  # two busy cores say nothing about an example
 settings.load_profile("house")
@@ -71,3 +77,30 @@ def tiny_workspace(workspace: Workspace) -> Workspace:
 def rows(tmp_path: Path) -> Path:
     """A file of 12 Alpaca rows."""
     return tiny.tiny_rows(tmp_path / "rows.json")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium for the tests of one file: Playwright's loop would be in the way of others."""
+    pytest.importorskip("playwright")
+    from serving import chromium
+
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
+    """A workspace with the tiny model and a file of 12 rows, for the runs that are only looked at."""
+    folder = tmp_path_factory.mktemp("train")
+    workspace = Workspace.open(folder / "home")
+    tiny.tiny_model(workspace.models / tiny.NAME)
+    return workspace, tiny.tiny_rows(folder / "rows.json")
+
+
+@pytest.fixture(scope="session")
+def finished(place: tuple[Workspace, Path]) -> Watched:
+    """One finished run of 8 steps, for all tests that only look at it."""
+    from training import watch
+
+    return watch(*place)

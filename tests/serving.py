@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM_FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+expect.set_options(timeout=30_000)  # a busy machine is no failure
 if hasattr(os, "geteuid") and os.geteuid() == 0:
     CHROMIUM_FLAGS.append("--no-sandbox")
 
@@ -77,10 +78,10 @@ def chromium() -> Iterator[Browser]:
 
 def open_page(browser: Browser, url: str, **context: object) -> Page:
     """A page of a new visitor, loaded until its rows are there. Errors of the page's scripts are collected in `page.faults`."""
-    page = browser.new_context(viewport={"width": 1280, "height": 900}, **context).new_page()  # type: ignore[arg-type]
+    page = browser.new_context(viewport={"width": 1280, "height": 900}, **context).new_page()
     page.set_default_timeout(30_000)
-    page.faults = []  # type: ignore[attr-defined]
-    page.on("pageerror", lambda error: page.faults.append(str(error)))  # type: ignore[attr-defined]
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.goto(url)
     page.wait_for_selector("#data-summary p")
     return page
@@ -95,3 +96,8 @@ def set_number(page: Page, name: str, value: object) -> None:
     box = page.locator(f"#field-{name} input")
     box.fill(str(value))
     box.blur()
+
+
+def upload(page: Page, path: Path) -> None:
+    page.locator("#data-source").get_by_text("Upload", exact=True).click()
+    page.locator("#data-upload input[type=file]").set_input_files(path)

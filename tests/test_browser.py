@@ -1,4 +1,4 @@
-"""The page in a real Chromium over the real app, training real 4-bit models."""
+"""What a person brings and sets before Start, in a real Chromium over the real app: one app serves all of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ import tiny
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Browser, Page, expect
-from serving import Served, chromium, go, open_page, served, set_number
+from serving import Served, go, open_page, served, set_number, upload
 
-from qlora_ui.config import STARTER_MODEL
-from qlora_ui.events import AdapterSaved, CheckpointSaved, Step
 from qlora_ui.runs import Workspace
 
 pytestmark = pytest.mark.browser
@@ -25,14 +23,8 @@ MINUTE = 60_000
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One app for the tests that start no training of the starter model."""
+    """One app for all of it."""
     home = tmp_path_factory.mktemp("shared-home")
     tiny.tiny_model(Workspace.open(home).models / tiny.NAME)
     with served(home) as running:
@@ -45,135 +37,6 @@ def page(browser: Browser, app: Served) -> Iterator[Page]:
     yield opened
     assert opened.faults == []  # type: ignore[attr-defined]
     opened.context.close()
-
-
-@pytest.fixture
-def starter_home(home: Path) -> Path:
-    """A workspace that has the starter model, as tests/run.sh fetched it."""
-    source = Path(os.environ.get("QLORA_UI_STARTER", "tests/.cache/models")) / STARTER_MODEL.replace("/", "--")
-    if not source.is_dir():
-        pytest.skip("the starter model is not here: run the suite with bash tests/run.sh, which fetches it")
-    workspace = Workspace.open(home)
-    shutil.copytree(source, workspace.models / source.name, copy_function=os.link)
-    return home
-
-
-def upload(page: Page, path: Path) -> None:
-    page.locator("#data-source").get_by_text("Upload", exact=True).click()
-    page.locator("#data-upload input[type=file]").set_input_files(path)
-
-
-def points(page: Page) -> int:
-    return int(page.locator("#loss-plot").get_attribute("data-points") or 0)
-
-
-def wait_for_points(page: Page, at_least: int) -> None:
-    page.wait_for_function(
-        "least => Number(document.querySelector('#loss-plot')?.dataset.points || 0) >= least", arg=at_least, timeout=MINUTE * 2
-    )
-
-
-def test_a_person_trains_the_starter_model_and_talks_to_it_beside_its_base(browser: Browser, starter_home: Path, tmp_path: Path) -> None:
-    rows = json.loads(tiny.tiny_rows(tmp_path / "rows.json", 40).read_text("utf-8"))
-    rows.append({"instruction": "Row without an answer", "output": ""})
-    (tmp_path / "my rows.json").write_text(json.dumps(rows), "utf-8")
-    with served(starter_home) as app:
-        page = open_page(browser, app.url)
-        upload(page, tmp_path / "my rows.json")
-        expect(page.locator("#data-summary")).to_contain_text("41 rows: 40 kept, 1 dropped")
-        expect(page.locator("#data-preview")).to_contain_text("Question 0: which word is 0?")
-        page.get_by_text("As the model reads it").click()
-        expect(page.locator("#data-preview .row-card mark").first).to_contain_text("The answer is", timeout=MINUTE)
-        page.get_by_role("button", name="Use this data", exact=True).click()
-
-        expect(page.locator("#train-data")).to_contain_text("rows.json, 40 rows")
-        set_number(page, "max_steps", 60)
-        expect(page.locator("#train-plan")).to_contain_text("60 steps of 4 rows")
-        page.locator("#start-button").click()
-        wait_for_points(page, 1)
-        grown = points(page)
-        wait_for_points(page, grown + 2)
-        expect(page.locator("#status-line")).to_contain_text("training")
-        expect(page.locator("#log-box")).to_contain_text("NF4 with double quantization")
-        page.locator("#start-button").click()
-        expect(page.locator("#start-message")).to_contain_text("is training already")
-        assert len(os.listdir(starter_home / "runs")) == 1
-
-        before = points(page)
-        page.reload()
-        go(page, "Train")
-        wait_for_points(page, before)
-        expect(page.locator("#log-box")).to_contain_text("loss")
-        other = open_page(browser, app.url)
-        go(other, "Train")
-        wait_for_points(other, before)
-        assert other.locator("#status-line").inner_text().split(" · ")[0] == page.locator("#status-line").inner_text().split(" · ")[0]
-
-        other.locator("#stop-button").click()
-        stopped = re.compile(r"Stopped at step \d+ of 60, adapter saved")
-        expect(page.locator("#status-line")).to_contain_text(stopped, timeout=MINUTE)
-        expect(other.locator("#status-line")).to_contain_text(stopped, timeout=MINUTE)
-
-        page.locator("#chat-with-button").click()
-        page.locator("#compare-switch input").check()
-        page.locator("#chat-input textarea").fill("Question 3: which word is 3?")
-        page.locator("#chat-send").click()
-        expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
-        page.locator("#chat-stop").click()
-        expect(page.locator("#chat-send")).to_be_enabled()
-        page.locator("#chat-input textarea").fill("And 4?")
-        page.locator("#chat-input textarea").press("Enter")
-        expect(page.locator("#chat-tuned")).to_contain_text("And 4?")
-        expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
-        for side in ("#chat-tuned", "#chat-base"):
-            expect(page.locator(f"{side} .bot").last).to_contain_text(re.compile(r"\w"))
-        page.locator("#chat-clear").click()  # in the middle of the answer
-        expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
-        expect(page.locator("#chat-tuned")).not_to_contain_text("And 4?")
-        assert page.faults == other.faults == []  # type: ignore[attr-defined]
-
-
-def test_a_run_whose_app_is_killed_reads_interrupted_after_the_restart_and_keeps_its_checkpoint(
-    browser: Browser, tiny_workspace: Workspace, rows: Path
-) -> None:
-    uploads = shutil.copy(rows, tiny_workspace.uploads)
-    settings = {name: value for name, value in tiny.tiny_config(uploads, max_steps=100_000).values().items() if name != "data"}
-    with served(tiny_workspace.root) as app:
-        page = open_page(browser, app.url)
-        run_id = Client(app.url, verbose=False).predict("starter", uploads, json.dumps(settings), api_name="/start_training")
-        expect(page.locator("#log-box")).to_be_hidden()  # the Data tab is open; the run bar tells all the same
-        expect(page.locator("#status-line")).to_contain_text(re.compile(r"training \d+/100000"), timeout=2 * MINUTE)
-        run = tiny_workspace.get(run_id)
-        go(page, "Train")
-        expect(page.locator("#log-box")).to_contain_text("checkpoint saved", timeout=MINUTE)
-        app.kill()
-    last = run.last_step()
-    checkpoint = tiny.events_of(run, CheckpointSaved)[-1]
-    with served(tiny_workspace.root, app.port) as restarted:
-        again = open_page(browser, restarted.url)
-        expect(again.locator("#status-line")).to_contain_text(f"Interrupted at step {last}")
-        expect(again.locator("#stop-button")).to_be_disabled()
-        expect(page.locator("#status-line")).to_contain_text(f"Interrupted at step {last}", timeout=MINUTE)  # the page that stayed open
-    newest = run.checkpoints()[-1]
-    assert newest.name == checkpoint.name
-    assert (newest / "adapter_model.safetensors").stat().st_size > 1000
-    assert (newest / "optimizer.pt").is_file()
-
-
-def test_a_closed_tab_does_not_stop_the_run(browser: Browser, tiny_workspace: Workspace, rows: Path) -> None:
-    uploads = shutil.copy(rows, tiny_workspace.uploads)
-    settings = {name: value for name, value in tiny.tiny_config(uploads, max_steps=12).values().items() if name != "data"}
-    with served(tiny_workspace.root) as app:
-        page = open_page(browser, app.url)
-        client = Client(app.url, verbose=False)
-        run_id = client.predict("starter", uploads, json.dumps(settings), api_name="/start_training")
-        page.context.close()
-        again = open_page(browser, app.url)
-        expect(again.locator("#status-line")).to_contain_text("Finished: 12 steps, adapter saved", timeout=2 * MINUTE)
-        assert client.predict(run_id, api_name="/run_status")["state"] == "finished"
-    run = tiny_workspace.get(run_id)
-    assert len(tiny.events_of(run, Step)) == 12
-    assert len(tiny.events_of(run, AdapterSaved)) == 1
 
 
 @pytest.mark.parametrize(
@@ -195,7 +58,7 @@ def test_bad_files_get_one_sentence_beside_the_upload_and_are_not_chosen(
     expect(page.locator("#data-use")).to_be_disabled()
     go(page, "Train")
     page.locator("#start-button").click()
-    expect(page.locator("#start-message")).to_contain_text("No data set is chosen")
+    expect(page.locator("#start-message .problem")).to_contain_text(re.compile(f"{re.escape(sentence)}|No data set is chosen"))
     assert not os.listdir(app.home / "runs")
 
 
@@ -241,9 +104,10 @@ def test_what_was_set_but_not_started_survives_a_reload(page: Page, tmp_path: Pa
     upload(page, tiny.tiny_rows(tmp_path / "kept.json", 15))
     expect(page.locator("#data-summary")).to_contain_text("15 rows")
     go(page, "Train")
-    set_number(page, "lora_r", 24)
     expect(page.locator("#train-data")).to_contain_text("kept.json")
-    page.wait_for_function("localStorage.getItem('qlora-ui-draft') !== null")
+    before = page.evaluate("localStorage.getItem('qlora-ui-draft')")
+    set_number(page, "lora_r", 24)
+    page.wait_for_function("before => localStorage.getItem('qlora-ui-draft') !== before", arg=before)
     page.reload()
     expect(page.locator("#data-summary")).to_contain_text("15 rows")
     go(page, "Train")
@@ -279,6 +143,162 @@ def test_every_field_has_a_label_and_every_knob_is_on_the_form(page: Page) -> No
             expect(page.locator(f"#field-{knob.name}").get_by_label(knob.title).first).to_be_visible()
 
 
+def choose(page: Page, field: str, option: str) -> None:
+    page.locator(f"{field} input").click()
+    page.locator(field).get_by_role("option", name=option, exact=True).click()
+
+
+def test_a_wrong_guess_is_corrected_by_mapping_and_the_preview_follows(page: Page, tmp_path: Path) -> None:
+    rows = [{"question": f"Answer {n}.", "answer": f"Question {n}?", "id": n} for n in range(6)] + [
+        {"question": "", "answer": "Why?", "id": 7}
+    ]
+    (tmp_path / "swapped.json").write_text(json.dumps(rows), "utf-8")
+    upload(page, tmp_path / "swapped.json")
+    expect(page.locator("#data-summary")).to_contain_text("Format: Question and answer")
+    expect(page.locator("#data-preview .turn.user").first).to_contain_text("Answer 0.")
+    choose(page, "#data-slot-0", "answer")
+    choose(page, "#data-slot-2", "question")
+    expect(page.locator("#data-preview .turn.user").first).to_contain_text("Question 0?")
+    expect(page.locator("#data-preview .turn.assistant").first).to_contain_text("Answer 0.")
+    expect(page.locator("#data-summary")).to_contain_text("7 rows: 6 kept, 1 dropped")
+    with page.expect_download() as download:
+        page.locator("#data-dropped").click()
+    (dropped,) = Path(download.value.path()).read_text().splitlines()
+    assert json.loads(dropped) == {"row": 7, "reason": "has no answer: 'answer' is empty", "values": rows[6]}
+
+
+def test_rows_of_no_known_format_can_be_mapped_from_their_columns(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "odd.csv").write_text("ask;reply\nHi?;Hello.\nAnd?;So.\n")
+    upload(page, tmp_path / "odd.csv")
+    expect(page.locator("#data-summary .problem")).to_contain_text("no known format; columns: ask, reply")
+    expect(page.locator("#data-use")).to_be_disabled()
+    choose(page, "#field-data_format", "Alpaca")
+    expect(page.locator("#data-summary .problem")).to_contain_text("has no column 'instruction'")
+    choose(page, "#data-slot-0", "ask")
+    choose(page, "#data-slot-2", "reply")
+    expect(page.locator("#data-summary")).to_contain_text("2 rows: 2 kept")
+    expect(page.locator("#data-use")).to_be_enabled(timeout=MINUTE)
+    page.locator("#data-source").get_by_text("Bundled", exact=True).click()  # other rows begin unmapped
+    expect(page.locator("#data-summary")).to_contain_text("252 rows: 252 kept")
+
+
+def use_tiny_model(page: Page) -> None:
+    """So that tokens can be counted without the starter model."""
+    go(page, "Train")
+    page.locator("#model-input input").fill(tiny.NAME)
+    page.locator("#model-input input").press("Enter")
+    go(page, "Data")
+
+
+def test_the_line_in_the_histogram_moves_with_the_max_length_of_either_tab(page: Page, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n}?", "completion": "word " * (2 * n + 1)} for n in range(30)]
+    (tmp_path / "lengths.json").write_text(json.dumps(rows), "utf-8")
+    use_tiny_model(page)
+    upload(page, tmp_path / "lengths.json")
+    line = page.locator("#data-lengths .line")
+    expect(line).to_contain_text("max length 256", timeout=MINUTE)
+    expect(page.locator("#data-lengths i.cut")).to_have_count(0)
+    before = line.bounding_box()
+    page.locator("#data-max-len input").fill("64")
+    page.locator("#data-max-len input").blur()
+    expect(line).to_contain_text("max length 64")
+    expect(page.locator("#data-lengths i.cut").first).to_be_visible()
+    expect(page.locator("#data-lengths")).to_contain_text("are longer and cut at their end")
+    after = line.bounding_box()
+    assert before is not None
+    assert after is not None
+    assert after["x"] < before["x"] - 50
+    choose(page, "#data-order", "Longer than max length")
+    page.get_by_text("As tokens").click()
+    expect(page.locator("#data-preview .row-card s.cut").filter(has_text="word").first).to_be_visible()
+    choose(page, "#field-long_rows", "drop")
+    expect(page.locator("#data-lengths")).to_contain_text("are longer and left out")
+    go(page, "Train")
+    expect(page.locator("#field-max_seq_len input")).to_have_value("64")
+    set_number(page, "max_seq_len", 96)
+    go(page, "Data")
+    expect(line).to_contain_text("max length 96")
+    page.locator("#data-suggest").click()
+    expect(page.locator("#data-suggest")).to_be_hidden()
+    expect(page.locator("#data-summary")).to_contain_text("trained")
+
+
+def test_the_reading_of_a_large_file_can_be_cancelled(page: Page, tmp_path: Path) -> None:
+    with (tmp_path / "large.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": f"Question {n}?", "completion": f"Answer {n}. " * 20}) + "\n" for n in range(40_000))
+    use_tiny_model(page)
+    upload(page, tmp_path / "large.jsonl")
+    page.locator("#data-cancel").click(timeout=MINUTE)
+    expect(page.locator("#data-summary")).to_contain_text("Cancelled. Choose the data again to read it.")
+    expect(page.locator("#data-cancel")).to_be_hidden()
+    page.locator("#data-source").get_by_text("Bundled", exact=True).click()
+    expect(page.locator("#data-summary")).to_contain_text("252 rows: 252 kept")
+    expect(page.locator("#data-use")).to_be_enabled(timeout=MINUTE)
+
+
+def test_a_newer_choice_ends_the_reading_of_an_older_one(page: Page, tmp_path: Path) -> None:
+    with (tmp_path / "large.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": f"Question {n}?", "completion": f"Answer {n}. " * 20}) + "\n" for n in range(40_000))
+    use_tiny_model(page)
+    upload(page, tmp_path / "large.jsonl")
+    expect(page.locator("#data-cancel")).to_be_visible(timeout=MINUTE)
+    page.locator("#data-source").get_by_text("Bundled", exact=True).click()
+    expect(page.locator("#data-summary")).to_contain_text("252 rows: 252 kept", timeout=MINUTE)
+    expect(page.locator("#data-use")).to_be_enabled(timeout=MINUTE)
+    expect(page.locator("#data-summary")).to_contain_text("252 rows: 252 kept")
+    expect(page.locator("#data-pager")).to_contain_text("of 252")
+
+
+def test_rows_can_be_searched_and_paged(page: Page, tmp_path: Path) -> None:
+    upload(page, tiny.tiny_rows(tmp_path / "many.json", 30))
+    expect(page.locator("#data-pager")).to_contain_text("1 to 4 of 30")
+    page.locator("#data-search input, #data-search textarea").fill("question 2")
+    page.locator("#data-search input, #data-search textarea").press("Enter")  # on the first page already
+    expect(page.locator("#data-pager")).to_contain_text("1 to 4 of 11 found of 30")
+    page.locator("#data-next").click()
+    expect(page.locator("#data-pager")).to_contain_text("5 to 8 of 11 found of 30")
+    page.locator("#data-search input, #data-search textarea").fill("question 17")
+    page.locator("#data-search input, #data-search textarea").press("Enter")
+    expect(page.locator("#data-pager")).to_contain_text("1 to 1 of 1 found of 30")
+    expect(page.locator("#data-preview")).to_contain_text("Question 17")
+
+
+def test_several_files_and_pasted_rows_are_data_sets(page: Page, tmp_path: Path) -> None:
+    first, second = tiny.tiny_rows(tmp_path / "first.json", 5), tiny.tiny_rows(tmp_path / "second.json", 7)
+    page.locator("#data-source").get_by_text("Upload", exact=True).click()
+    page.locator("#data-upload input[type=file]").set_input_files([first, second])
+    expect(page.locator("#data-summary")).to_contain_text("12 rows: 12 kept")
+    page.locator("#data-source").get_by_text("Paste", exact=True).click()
+    expect(page.locator("#data-summary")).to_contain_text("Paste rows at the left.")
+    page.locator("#data-paste textarea").fill('{"prompt": "Hi", "completion": "Hello."}\n{"prompt": "And?", "completion": "So."}')
+    page.locator("#data-paste-read").click()
+    expect(page.locator("#data-summary")).to_contain_text("2 rows: 2 kept")
+    page.locator("#data-source").get_by_text("Workspace", exact=True).click()
+    choose(page, "#data-path", "first.json and 1 more")
+    expect(page.locator("#data-summary")).to_contain_text("12 rows: 12 kept")
+
+
+def test_without_the_hub_a_set_of_the_paper_is_one_sentence(page: Page) -> None:
+    page.locator("#data-source").get_by_text("Hugging Face", exact=True).click()
+    expect(page.locator("#data-set-vicuna")).to_be_disabled()
+    page.locator("#data-set-alpaca").click()
+    expect(page.locator("#data-summary .problem")).to_contain_text(
+        "The Hugging Face Hub cannot be reached for tatsu-lab/alpaca", timeout=20_000
+    )
+    expect(page.locator("#data-hub input, #data-hub textarea")).to_have_value("tatsu-lab/alpaca")
+
+
+def test_a_set_of_which_nothing_would_be_trained_cannot_be_used(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "long.json").write_text(json.dumps([{"prompt": "word " * 300, "completion": "Yes."}] * 3))
+    use_tiny_model(page)
+    upload(page, tmp_path / "long.json")
+    expect(page.locator("#data-summary .problem")).to_contain_text("0 % of the tokens would be trained", timeout=MINUTE)
+    expect(page.locator("#data-use")).to_be_disabled()
+    go(page, "Train")
+    page.locator("#start-button").click()
+    expect(page.locator("#start-message .problem, #field-max_seq_len.blamed").first).to_contain_text("0 % of the tokens")
+
+
 def test_the_report_is_always_of_the_source_that_is_selected(page: Page, tmp_path: Path) -> None:
     upload(page, tiny.tiny_rows(tmp_path / "mine.json", 9))
     expect(page.locator("#data-summary")).to_contain_text("9 rows")
@@ -288,5 +308,5 @@ def test_the_report_is_always_of_the_source_that_is_selected(page: Page, tmp_pat
     expect(page.locator("#data-summary")).to_contain_text("9 rows")
     page.wait_for_function("localStorage.getItem('qlora-ui-draft') !== null")
     page.locator("#data-source").get_by_text("Hugging Face", exact=True).click()
-    expect(page.locator("#data-summary .problem")).to_contain_text("is no Hugging Face id")
+    expect(page.locator("#data-summary")).to_contain_text("Name a data set at the left")
     expect(page.locator("#data-use")).to_be_disabled()

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -75,6 +76,10 @@ def test_set_wins_over_data_and_preset_and_the_last_set_wins(tiny_workspace: Wor
         (["train", "--set", "lora_r"], "--set 'lora_r' has no '='. Write it as --set key=value."),
         (["train", "--data", ""], "No data set is chosen."),
         (["train", "--data", "nowhere.json"], "There is no file nowhere.json"),
+        (["check-data", "nowhere.json"], "There is no file nowhere.json"),
+        (["check-data", "{file}", "--map", "ask"], "--map 'ask' has no '='. Write it as --map key=value."),
+        (["check-data", "{file}", "--map", "ask=x"], "The column mapping 'ask=x' is not field=column, with a field of messages"),
+        (["check-data", "{file}", "--format", "csv"], "There is no row format 'csv'."),
         (["chat", "--run", "20261122-100139-nope", "--prompt", "Hi"], "There is no run '20261122-100139-nope'"),
         (["chat", "--run", "../..", "--prompt", "Hi"], "There is no run '../..'"),
         (["chat", "--run", "last", "--prompt", "Hi"], "has an adapter yet. Train one: python -m qlora_ui train"),
@@ -207,3 +212,52 @@ def test_an_answer_that_the_terminal_cannot_show_is_escaped_not_lost(workspace: 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{run.id}  Zeile \\u4f60\\u597d \\udcff\n"
+
+
+def check_data(reference: Path | str, *more: str, **values: Any) -> list[str]:
+    settings = {name: value for name, value in tiny.tiny_config(reference, **values).values().items() if name != "data"}
+    return ["check-data", str(reference), *(f"--set={name}={value}" for name, value in settings.items()), *more]
+
+
+def test_check_data_prints_what_training_would_make_of_a_data_set(
+    tiny_workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"ask": f"Question {n}?", "reply": f"Answer {n}. " + "word " * n} for n in range(40)] + [{"ask": "Why?", "reply": ""}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    mapped = ["--format", "alpaca", "--map", "instruction=ask", "--map", "output=reply"]
+    assert main([*check_data(tmp_path / "rows.json", "--json", max_seq_len=48), *mapped]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["format"], report["read"], report["kept"], report["duplicates"]) == ("alpaca", 41, 40, 0)
+    assert report["dropped"] == [{"row": 41, "reason": "has no answer: 'output' is empty"}]
+    assert 0 < report["tokens_trained"] < report["tokens_total"] <= 40 * 48
+    assert report["longest"] > 48
+    assert 0 < report["truncated_at_max_seq_len"] < 40
+    assert main([*check_data(tmp_path / "rows.json", max_seq_len=48), *mapped]) == 0
+    said = capsys.readouterr().out
+    assert "rows.json: 41 rows: 40 kept, 1 dropped, 0 duplicates" in said
+    assert "Dropped: row 41: has no answer: 'output' is empty" in said
+    assert list(tiny_workspace.runs.iterdir()) == []
+
+
+def test_check_data_ends_with_2_when_nothing_would_be_trained(
+    tiny_workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "word " * 100, "completion": "Yes."}]))
+    assert main(check_data(tmp_path / "rows.json", "--json", max_seq_len=32)) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["tokens_trained"] == 0
+    assert err.startswith("0 % of the tokens would be trained")
+
+
+def test_check_data_explains_every_row_when_none_can_be_used(
+    tiny_workspace: Workspace, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["check-data", str(rows), "--map", "instruction=ask"]
+    assert main([*arguments, "--json"]) == 2
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["kept"], len(report["dropped"]), report["tokens_total"]) == (0, report["read"], 0)
+    assert "has no column 'ask', which instruction is mapped to" in err
+    assert err.count("\n") == 1
+    assert main(arguments) == 2
+    assert "Dropped: row 2: has no column 'ask'" in capsys.readouterr().out

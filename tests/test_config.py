@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_ui.config import KNOBS, PARTS, VERSION, Knob, RunConfig, find_knob
+from qlora_ui.config import KNOBS, PARTS, VERSION, RunConfig, find_knob
 from qlora_ui.errors import UserError
+from qlora_ui.knobs import Knob
 
 NUMBERS = [name for name, knob in KNOBS.items() if knob.kind in (int, float)]
 CHOICES = [name for name, knob in KNOBS.items() if knob.choices]
+GRAMMAR = {"layers_to_skip": ("", "0", "1, 3", "0-2,7")}  # text that is not free
 BOOLEANS = [name for name, knob in KNOBS.items() if knob.kind is bool]
 
 
@@ -32,6 +34,8 @@ def values_of(knob: Knob) -> st.SearchStrategy[Any]:
     if knob.kind is bool:
         return st.booleans()
     if knob.kind is str:
+        if knob.name in GRAMMAR:
+            return st.sampled_from(GRAMMAR[knob.name])
         written = st.text().map(str.strip)
         return written.filter(bool) if knob.name == "model" else written
     assert knob.low is not None
@@ -41,7 +45,22 @@ def values_of(knob: Knob) -> st.SearchStrategy[Any]:
     return st.floats(knob.low, knob.high)
 
 
-any_config = st.fixed_dictionaries({name: values_of(knob) for name, knob in KNOBS.items()})
+def that_agree(values: dict[str, Any]) -> dict[str, Any]:
+    """What only goes together is made so."""
+    if values.get("prompt_format") == "custom":
+        values = {**values, "chat_template": "x"}
+    if values.get("quant_bits") == "8" and "use_dora" in values:
+        values = {**values, "use_dora": False}
+    if values.get("init_adapter") and "init_lora_weights" in values:
+        values = {**values, "init_lora_weights": "default"}
+    if values.get("init_adapter") and "new_tokens" in values:
+        values = {**values, "new_tokens": ""}
+    if values.get("keep") == "best" or values.get("early_stopping_patience"):
+        values = {**values, "held_out_rows": 1}
+    return values
+
+
+any_config = st.fixed_dictionaries({name: values_of(knob) for name, knob in KNOBS.items()}).map(that_agree)
 
 
 @pytest.mark.parametrize("name", KNOBS)
@@ -88,7 +107,7 @@ def test_a_fraction_is_no_whole_number(name: str) -> None:
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_outside_the_list_is_refused_with_the_list(name: str) -> None:
     for choice in KNOBS[name].choices:
-        assert RunConfig().with_values({name: f" {choice} "}).values()[name] == choice
+        assert RunConfig().with_values({name: f" {choice} ", "chat_template": "x"}).values()[name] == choice
     assert refusal(name, "no such") == f"{name} is 'no such': use one of {', '.join(KNOBS[name].choices)}."
 
 
@@ -97,6 +116,12 @@ def test_a_switch_reads_the_usual_words(name: str) -> None:
     for word, meant in {"true": True, "YES": True, "1": True, "on": True, "False": False, "no": False, "0": False, " off ": False}.items():
         assert RunConfig().with_values({name: word}).values()[name] is meant
     assert refusal(name, "maybe") == f"{name} is 'maybe': use true or false."
+
+
+def test_a_prompt_format_of_ones_own_needs_its_template() -> None:
+    with pytest.raises(UserError, match="prompt_format is custom, but there is no chat_template") as caught:
+        RunConfig().with_values({"prompt_format": "custom"})
+    assert caught.value.field == "chat_template"
 
 
 def test_an_empty_field_of_text_is_empty_text() -> None:
@@ -120,7 +145,7 @@ def test_a_config_comes_back_from_its_file_form(values: dict[str, Any]) -> None:
     assert RunConfig.from_dict({**config.to_dict(), "versions": {"torch": "2"}, "created": 1.0}) == config
 
 
-@given(st.fixed_dictionaries({}, optional={name: values_of(knob) for name, knob in KNOBS.items()}))
+@given(st.fixed_dictionaries({}, optional={name: values_of(knob) for name, knob in KNOBS.items()}).map(that_agree))
 def test_setting_some_values_leaves_the_others(values: dict[str, Any]) -> None:
     assert RunConfig().with_values(values).values() == {**RunConfig().values(), **values}
 
@@ -153,3 +178,41 @@ def test_no_model_is_refused_with_what_to_give() -> None:
     with pytest.raises(UserError, match=r"No model is chosen\. Give a Hugging Face id") as caught:
         RunConfig().with_values({"model": "  "})
     assert caught.value.field == "model"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("", []), ("0", [0]), (" 3, 1 ,", [1, 3]), ("20-23", [20, 21, 22, 23]), ("0-2,1,5-5", [0, 1, 2, 5])]
+)
+def test_layers_to_skip_are_numbers_and_ranges(written: str, meant: list[int]) -> None:
+    assert RunConfig().with_values({"layers_to_skip": written}).adapter.skipped_layers() == meant
+
+
+@pytest.mark.parametrize("written", ["first", "1-", "-1", "3-1", "1.5", "0-99999999999", "1;2"])
+def test_layers_to_skip_that_are_neither_are_refused(written: str) -> None:
+    assert refusal("layers_to_skip", written) == f"layers_to_skip has {written!r}: write numbers and ranges, as 0, 5, 20-23."
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "eva", "lora_ga", "orthogonal", "mica"])
+def test_a_start_that_does_not_go_with_a_quantized_base_is_refused_with_its_reason(start: str) -> None:
+    said = refusal("init_lora_weights", start)
+    assert said.startswith(f"init_lora_weights is {start!r}, but ")
+    assert said.endswith(". Use default or gaussian.")
+    assert len(said) > 90
+
+
+def test_a_start_and_an_adapter_to_start_from_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="init_lora_weights is 'gaussian', but init_adapter is set") as caught:
+        RunConfig().with_values({"init_lora_weights": "gaussian", "init_adapter": "some-run"})
+    assert caught.value.field == "init_lora_weights"
+
+
+def test_dora_and_eight_bits_are_refused_together() -> None:
+    with pytest.raises(UserError, match="use_dora is true, but quant_bits is 8") as caught:
+        RunConfig().with_values({"quant_bits": 8, "use_dora": True})
+    assert caught.value.field == "use_dora"
+
+
+def test_alpha_is_its_own_number_or_a_multiple_of_the_rank() -> None:
+    assert RunConfig().with_values({"lora_r": 8, "lora_alpha": 32}).adapter.alpha == 32
+    assert RunConfig().with_values({"lora_r": 8, "lora_alpha": 32, "lora_alpha_ratio": 2}).adapter.alpha == 16
+    assert RunConfig().with_values({"lora_r": 3, "lora_alpha_ratio": 0.5}).adapter.alpha == 1.5

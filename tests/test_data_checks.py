@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_ui.data.checks import Conversation, DataSet, Dropped, Report, load, prepare, split, write
+from qlora_ui.config import DataConfig
+from qlora_ui.data import checks, sources
+from qlora_ui.data.checks import Conversation, DataSet, Dropped, Report, dropped_rows, load, write
 from qlora_ui.data.formats import Message
 from qlora_ui.errors import UserError
 from qlora_ui.stopping import Cancelled
@@ -30,6 +32,37 @@ def save(folder: Path, name: str, rows: list[Any]) -> str:
     path = folder / name
     path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return str(path)
+
+
+def prepare(reference: str, **options: Any) -> DataSet:
+    """The data set with settings as they are when nobody changes any."""
+    limits = {name: options.pop(name) for name in ("should_stop", "limit", "within") if name in options}
+    return checks.prepare(DataConfig(data=reference, **options), **limits)
+
+
+def split(conversations: list[Conversation], share: float, seed: int, rows: int = 0) -> tuple[tuple[Conversation, ...], ...]:
+    report = Report.from_dict({**REPORT, "kept": len(conversations)})
+    data = DataSet(conversations=tuple(conversations), report=report)
+    return checks.split(data, DataConfig(held_out_share=share, held_out_rows=rows), seed)
+
+
+REPORT: dict[str, Any] = {
+    "source": "a.jsonl",
+    "format": "messages",
+    "formats": {"messages": 1},
+    "read": 1,
+    "kept": 1,
+    "conversations": 1,
+    "dropped": [],
+    "duplicates": 0,
+    "empty_answers": 0,
+    "scripts": {"Latin": 1},
+    "unused_columns": [],
+    "fingerprint": "",
+    "held_out_split": "",
+    "held_out_rows": 0,
+    "held_out_dropped": [],
+}
 
 
 def pair(question: str, answer: str = "Yes.") -> dict[str, str]:
@@ -91,7 +124,7 @@ def test_nothing_kept_is_one_message_with_row_reason_and_remedy(tmp_path: Path) 
     assert caught.value.field == "data"
     assert str(caught.value) == (
         "Row 1 of answers.json: no known format; columns: foo, bar. None of the 2 rows can be used. "
-        "Rename the columns to instruction and output (or prompt and completion), or bring conversations as messages."
+        "Choose the format and map its columns, or bring conversations as messages."
     )
 
 
@@ -206,6 +239,93 @@ def test_the_held_out_share_is_met_and_follows_the_seed() -> None:
     train, held_out = split(conversations, 0.05, 42)
     assert (len(train), len(held_out)) == (190, 10)
     assert split(conversations, 0.05, 43)[1] != held_out
+
+
+def test_a_number_of_rows_can_be_held_out_instead_of_a_share() -> None:
+    conversations = [conversation(row, str(row)) for row in range(1, 51)]
+    train, held_out = split(conversations, 0.5, 42, rows=7)
+    assert (len(train), len(held_out)) == (43, 7)
+    with pytest.raises(UserError, match="held_out_rows is 50, but there are 50 rows: hold out fewer") as caught:
+        split(conversations, 0.5, 42, rows=50)
+    assert caught.value.field == "held_out_rows"
+
+
+def test_the_sources_own_split_is_held_out_and_its_copies_are_not_trained_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    splits = {"o/set": [pair("a"), pair("b"), pair("c", "")], "o/set#test": [pair("b"), pair("d"), pair("e", "")]}
+
+    def read(reference: str, *_: Any) -> Any:
+        return (sources.RawRow(number=number, values=row) for number, row in enumerate(splits[reference], 1))
+
+    monkeypatch.setattr(sources, "read", read)
+    data = prepare("o/set", held_out_split="test")
+    train, held_out = checks.split(data, DataConfig(), 42)
+    assert [kept.messages[0].content for kept in train] == ["a"]
+    assert [kept.messages[0].content for kept in held_out] == ["b", "d"]
+    assert data.report.dropped[0] == Dropped(row=2, reason="is also in the split 'test', which is held out")
+    assert (data.report.read, data.report.kept, len(data.report.dropped)) == (3, 1, 2)
+    assert (data.report.held_out_split, data.report.held_out_rows, len(data.report.held_out_dropped)) == ("test", 2, 1)
+    write(data, tmp_path / "data")
+    assert load(tmp_path / "data") == data
+    splits["o/set"] = [pair("b")]
+    with pytest.raises(UserError, match="Every row is also in the split 'test'"):
+        prepare("o/set", held_out_split="test")
+
+
+def test_a_file_has_no_split_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl has no split 'test': only Hugging Face sets have") as caught:
+        prepare(save(tmp_path, "a.jsonl", [pair("a")]), held_out_split="test")
+    assert caught.value.field == "held_out_split"
+
+
+def test_a_wrong_guess_is_corrected_by_format_and_mapping(tmp_path: Path) -> None:
+    reference = save(tmp_path, "odd.jsonl", [{"ask": "Hi", "reply": "Hello.", "id": 7}] * 2)
+    with pytest.raises(UserError, match="no known format; columns: ask, reply, id"):
+        prepare(reference)
+    data = prepare(reference, data_format="alpaca", columns="instruction=ask, output=reply")
+    assert (data.report.format, data.report.kept, data.report.unused_columns) == ("alpaca", 2, ("id",))
+    assert prepare(reference, columns="instruction=ask, output=reply").report == data.report
+    with pytest.raises(UserError, match="There is no row format 'json'"):
+        prepare(reference, data_format="json")
+
+
+def test_mixed_rows_are_counted_by_format_and_script(tmp_path: Path) -> None:
+    rows = [pair("a"), {"instruction": "b", "output": "да"}, {"text": "### Human: Hi ### Assistant: Hello."}, {"text": "plain"}, pair("c")]
+    report = prepare(save(tmp_path, "mixed.jsonl", rows)).report
+    assert report.formats == {"prompt-completion": 2, "alpaca": 1, "guanaco": 1, "text": 1}
+    assert report.scripts == {"Latin": 4, "Cyrillic": 1}
+
+
+def test_a_row_of_several_conversations_is_one_kept_row(tmp_path: Path) -> None:
+    rows = [{"instruction": "Add.", "instances": [{"input": "1, 1", "output": "2"}, {"input": "2, 2", "output": "4"}]}]
+    report = prepare(save(tmp_path, "instances.jsonl", rows)).report
+    assert (report.read, report.kept, report.conversations) == (1, 1, 2)
+
+
+def test_answers_that_are_missing_are_counted(tmp_path: Path) -> None:
+    report = prepare(save(tmp_path, "a.jsonl", [pair("a"), pair("b", ""), {"foo": 1}])).report
+    assert (len(report.dropped), report.empty_answers) == (2, 1)
+
+
+def test_dropped_rows_can_be_taken_away_as_they_are(tmp_path: Path) -> None:
+    reference = save(tmp_path, "a.jsonl", [pair("a"), pair("b", ""), 7])
+    data = DataConfig(data=reference)
+    assert list(dropped_rows(data, checks.prepare(data).report)) == [
+        {"row": 2, "reason": "has no answer: 'completion' is empty", "values": pair("b", "")},
+        {"row": 3, "reason": "line 3 is 7, not an object with named columns", "values": None},
+    ]
+
+
+def test_a_sample_is_the_first_rows(tmp_path: Path) -> None:
+    reference = save(tmp_path, "a.jsonl", [pair(str(number)) for number in range(20)])
+    assert [row.messages[0].content for row in prepare(reference, limit=3).conversations] == ["0", "1", "2"]
+
+
+@settings(deadline=None)
+@given(rows=st.permutations([pair("a"), pair("b"), {"instruction": "c", "output": "d"}, {"question": "e", "answer": "f"}, {"text": "g"}]))
+def test_what_is_detected_does_not_depend_on_the_order_of_rows(rows: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        report = prepare(save(Path(folder), "a.jsonl", rows)).report
+    assert list(report.formats.items()) == [("prompt-completion", 2), ("alpaca", 1), ("question-answer", 1), ("text", 1)]
 
 
 def test_what_comes_out_cannot_be_changed(tmp_path: Path) -> None:

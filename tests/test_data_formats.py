@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_ui.data.formats import FORMATS, BadRow, Message, detect, to_messages
+from qlora_ui.data.formats import FORMATS, BadRow, EmptyAnswer, Message, Row, check, detect, to_conversations, unused
+from qlora_ui.errors import UserError
+
+
+def to_messages(row: Row, format: str) -> tuple[Message, ...]:
+    """The row's only conversation."""
+    (messages,) = to_conversations(row, format)
+    return messages
+
 
 HELLO = [("user", "Hi"), ("assistant", "Hello.")]
 ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
@@ -55,6 +63,10 @@ ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         [("system", "A chat."), ("user", "Hi"), ("assistant", "a # b ## c")],
     ),
     ("chip2", {"text": "<human>: Hi\n<bot>: Hello.\n"}, HELLO),
+    ("messages", {"messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]'}, HELLO),  # a CSV cell
+    ("instances", {"instruction": "Greet.", "instances": [{"instruction_with_input": "Hi", "input": "x", "output": "Hello."}]}, HELLO),
+    ("instances", {"instruction": "Hi", "instances": [{"input": "", "output": "Hello.", "constraints": "None."}]}, HELLO),
+    ("text", {"text": "Just text.", "source": "web"}, [("text", "Just text.")]),
     ("hh-rlhf", {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}, HELLO),
 ]
 
@@ -85,7 +97,7 @@ def chat(*turns: tuple[str, object]) -> dict[str, Any]:
         ({"prompt": ["Hi"], "completion": "x"}, "'prompt' is ['Hi'], not text"),
         ({"question": "Hi", "answer": float("nan")}, "'answer' is nan, not text"),
         (chat(), "has no turns: 'messages' is empty"),
-        ({"messages": "[...]"}, "'messages' is '[...]', not a list of turns"),
+        ({"messages": "..."}, "'messages' is '...', not a list of turns"),
         ({"messages": ["Hi"]}, "turn 1 is 'Hi', not a role with its content"),
         ({"messages": [{"content": "Hi"}]}, "turn 1 has no role"),
         (chat(("user", "Hi"), ("narrator", "Once")), "turn 2 has the unknown role 'narrator'"),
@@ -108,6 +120,11 @@ def chat(*turns: tuple[str, object]) -> dict[str, Any]:
         ({"text": "### Human: Hi ### Assistant: Hello. ### Human:"}, "turn 3 (user) is empty"),
         ({"text": "### Human: Hi ### Assistant: Hello. ### Human: And?"}, "ends with a user turn that has no answer"),
         ({"text": "### Assistant: Hello."}, "starts with an assistant turn"),
+        ({"text": " "}, "the text is empty"),
+        ({"messages": "[broken"}, "'messages' is '[broken', not a list of turns"),
+        ({"instruction": "Hi", "instances": []}, "has no turns: 'instances' is empty"),
+        ({"instruction": "Hi", "instances": [{"output": "a"}, {"output": ""}]}, "instance 2 has no answer: 'output' is empty"),
+        ({"instruction": "Hi", "instances": [5]}, "instance 1 is 5, not an input with its output"),
     ],
 )
 def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], reason: str) -> None:
@@ -125,7 +142,7 @@ def test_tool_calls_are_reported_and_not_lost_unseen() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [{}, {"foo": "a", "bar": "b"}, {"text": "Just text."}, {"text": None}, {"chosen": [], "rejected": []}, {"instruction": "a"}]
+    "row", [{}, {"foo": "a", "bar": "b"}, {"text": None}, {"text": 5}, {"chosen": [], "rejected": []}, {"instruction": "a"}]
 )
 def test_a_row_of_no_known_format_is_not_guessed_at(row: dict[str, Any]) -> None:
     assert detect(row) is None
@@ -184,11 +201,55 @@ def test_whatever_a_row_holds_it_is_converted_or_explained(row: dict[str, Any]) 
     if format is None:
         return
     try:
-        messages = to_messages(row, format)
+        conversations = to_conversations(row, format)
     except BadRow as error:
         reason = str(error)
     else:
         reason = "none"
-        assert messages[-1].role == "assistant"
-        assert all(message.content.strip() for message in messages)
+        assert all(messages[-1].role in ("assistant", "text") for messages in conversations)
+        assert all(message.content.strip() for messages in conversations for message in messages)
     assert 0 < len(reason) < 200
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(row=st.dictionaries(columns, anything, max_size=4))
+def test_a_format_that_was_chosen_by_hand_converts_or_explains_any_row(format: str, row: dict[str, Any]) -> None:
+    try:
+        reason = "none" if to_conversations(row, format) else ""
+    except BadRow as error:
+        reason = str(error)
+    assert 0 < len(reason) < 700
+
+
+def test_a_chosen_format_names_the_column_that_is_missing_and_those_that_are_there() -> None:
+    with pytest.raises(BadRow, match="has no column 'output'; columns: instruction, answer"):
+        to_messages({"instruction": "Hi", "answer": "Hello."}, "alpaca")
+    with pytest.raises(BadRow, match="has no column 'messages'; columns: text"):
+        to_messages({"text": "Hi"}, "messages")
+    with pytest.raises(BadRow, match="'text' has no marker of a turn in it"):
+        to_messages({"text": "Hi"}, "guanaco")
+
+
+def test_every_instance_is_a_conversation() -> None:
+    row = {"instruction": "Add.", "instances": [{"input": "1, 1", "output": "2"}, {"input": "2, 2", "output": "4"}]}
+    assert [messages[0].content for messages in to_conversations(row, "instances")] == ["Add.\n\n1, 1", "Add.\n\n2, 2"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"instruction": "Hi", "output": ""}, chat(("user", "Hi")), chat(("user", "Hi"), ("assistant", " "))],
+)
+def test_a_question_without_an_answer_is_told_from_other_faults(row: dict[str, Any]) -> None:
+    with pytest.raises(EmptyAnswer):
+        to_messages(row, detect(row) or "")
+
+
+def test_columns_that_a_format_does_not_read_are_known() -> None:
+    assert unused({"instruction": "Hi", "output": "Hello.", "history": [], "id": 3}, "alpaca") == ["history", "id"]
+    assert unused({"chosen": "", "rejected": ""}, "hh-rlhf") == ["rejected"]
+
+
+def test_a_format_that_is_none_is_refused_with_those_there_are() -> None:
+    check("auto")
+    with pytest.raises(UserError, match=r"There is no row format 'csv'\. Use auto or one of messages, sharegpt"):
+        check("csv")

@@ -1,7 +1,8 @@
-"""Reading rows from every kind of source, and what is said when one cannot be read. The Hub is a stand-in in this process."""
+"""What a reference means: files, folders, uploads, pastes, the Hub; and what is said when it means nothing."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -10,23 +11,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from plain_rows import ROWS, lines, put
 
-from qlora_ui.data import sources
-from qlora_ui.data.sources import BUNDLED, RawRow, check, import_upload, name_of, read
+from qlora_ui.data import hub
+from qlora_ui.data.sources import BUNDLED, RawRow, check, import_paste, import_upload, import_uploads, name_of, read, shown
 from qlora_ui.errors import UserError
 from qlora_ui.stopping import Cancelled
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = [{"prompt": "Grüße, 你好", "completion": 'a "quoted"\nline; and, more\t'}, {"prompt": "b", "completion": "c"}]
 
 
 def values(reference: object, **options: Any) -> list[Any]:
@@ -40,80 +38,6 @@ def refusal(reference: object, within: Path | None = None) -> str:
     return str(caught.value)
 
 
-def put(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def lines(rows: list[Any]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-# Files that are as they should be --------------------------------------------------------------------------------------
-
-QUOTED = '"Grüße, 你好"{0}"a ""quoted""\nline; and, more\t"\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", lines(ROWS)),
-        ("a.jsonl", "\ufeff\n" + lines(ROWS).replace("\n", "\r\n\r\n")),
-        ("array with the wrong suffix.jsonl", json.dumps(ROWS, indent=1)),
-        ("A.JSON", json.dumps(ROWS)),
-        ("a.json", "\ufeff" + json.dumps({"version": 1, "tags": ["x"], "data": ROWS}, indent=1)),
-        ("lines with the wrong suffix.json", lines(ROWS)),
-        ("a.csv", "prompt,completion\n" + QUOTED.format(",") + "b,c\n"),
-        ("a.csv", "\ufeffprompt;completion\r\n" + QUOTED.format(";") + "\r\nb;c"),
-        ("a.csv", "prompt\tcompletion\n" + QUOTED.format("\t") + "b\tc\n"),
-    ],
-)
-def test_rows_are_read_whatever_the_file_is(tmp_path: Path, name: str, content: str) -> None:
-    reference = str(put(tmp_path / name, content))
-    assert list(read(reference)) == [RawRow(number=number, values=row) for number, row in enumerate(ROWS, 1)]
-
-
-def test_parquet_rows_are_read_with_their_lists(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": "Hi"}], "n": None}, {"messages": [], "n": 2}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert values(tmp_path / "a.parquet") == rows
-
-
-def test_a_json_file_with_one_conversation_is_one_row(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
-    assert values(put(tmp_path / "a.json", json.dumps(row))) == [row]
-
-
-def test_a_csv_answer_may_be_long(tmp_path: Path) -> None:
-    long = "x" * 300_000
-    assert values(put(tmp_path / "a.csv", f"prompt,completion\na,{long}\n")) == [{"prompt": "a", "completion": long}]
-
-
-json_rows = st.lists(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text(), max_size=3), min_size=1, max_size=5)
-
-
-@settings(deadline=None)  # files on a busy machine
-@given(json_rows)
-def test_json_lines_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
-    assert values(put(tmp_path_factory.mktemp("json") / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))) == rows
-
-
-@settings(deadline=None)  # files on a busy machine
-@given(st.binary(min_size=1, max_size=200), st.sampled_from(sources.SUFFIXES))
-def test_any_bytes_give_rows_or_one_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
-    path = put(tmp_path_factory.mktemp("bytes") / f"a{suffix}", content)
-    try:
-        numbers = [row.number for row in read(str(path))]
-    except UserError as error:
-        numbers = []
-        said = str(error)
-    else:
-        said = "a.rows."
-    assert "a." in said
-    assert said.endswith(".")
-    assert numbers == list(range(1, len(numbers) + 1))
-
-
 def test_the_bundled_set_is_conversations_of_this_installation() -> None:
     bundled = BUNDLED["guanaco-starter"]
     if not bundled.path.is_file():
@@ -121,66 +45,6 @@ def test_the_bundled_set_is_conversations_of_this_installation() -> None:
     found = values("bundled:guanaco-starter", within=Path("/nowhere"))
     assert len(found) == bundled.rows > 0
     assert all(set(row) == {"messages"} for row in found)
-
-
-# Files that are not ----------------------------------------------------------------------------------------------------
-
-
-def test_a_broken_line_is_a_row_with_a_problem_and_the_others_are_read(tmp_path: Path) -> None:
-    content = b'{"a": 1}\n\n{"a": \n[1]\n"x"\nnull\n{"a": "\xe9"}\n{"a": 2}'
-    assert values(put(tmp_path / "a.jsonl", content)) == [
-        {"a": 1},
-        "line 3 is not valid JSON: Expecting value at column 6",
-        "line 4 is [1], not an object with named columns",
-        'line 5 is "x", not an object with named columns',
-        "line 6 is null, not an object with named columns",
-        "line 7 is not UTF-8 text (byte 0xe9 at position 8)",
-        {"a": 2},
-    ]
-
-
-def test_a_number_or_nesting_that_python_refuses_is_a_problem_of_its_row(tmp_path: Path) -> None:
-    found = values(put(tmp_path / "a.jsonl", "\n".join(['{"a": ' + "9" * 5000 + "}", "[" * 200_000, '{"a": 1}'])))
-    assert [str(row).split(":")[0] for row in found] == ["line 1 is not valid JSON", "line 2 is not valid JSON", "{'a'"]
-
-
-def test_items_of_an_array_that_are_no_rows_are_told(tmp_path: Path) -> None:
-    assert values(put(tmp_path / "a.json", '[{"a": 1}, 5]')) == [{"a": 1}, "item 2 is 5, not an object with named columns"]
-
-
-def test_ragged_csv_rows_are_told_with_their_line(tmp_path: Path) -> None:
-    content = 'prompt,completion\n"a\nb",c\nd\ne,f,g\nh,i\n'
-    assert values(put(tmp_path / "a.csv", content)) == [
-        {"prompt": "a\nb", "completion": "c"},
-        "line 4 has 1 cells, the header has 2",
-        "line 5 has 3 cells, the header has 2",
-        {"prompt": "h", "completion": "i"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json is not valid JSON: Expecting ':' delimiter at line 2, column 7; mend the file there"),
-        ("a.json", '[{"a": "caf\ncut', "a.json is not valid JSON: Invalid control character at"),
-        ("a.jsonl", '[{"a": 1},\n', "a.jsonl is not valid JSON"),
-        ("a.json", b'[\n{"a": "\xe9"}]', "a.json is not UTF-8 text (byte 0xe9 in line 2): save it as UTF-8."),
-        ("a.json", "5", "a.json holds 5: it must be a list of objects, one a row."),
-        ("a.json", '{"x": [{}], "y": [{}]}', "a.json holds several lists of rows (x, y): keep one list a file."),
-        ("a.csv", b"prompt,completion\na,b\nc,\xe9\n", "a.csv is not UTF-8 text (byte 0xe9 in line 3): save it as UTF-8."),
-        (
-            "a.csv",
-            'a,b\n1,2\n3,"4\n5,6\n',
-            "a.csv is not valid CSV: unexpected end of data in the row that begins at line 3; close or double",
-        ),
-        ("a.csv", "a,b,a\n1,2,3\n", "a.csv has two columns called 'a': rename one of them."),
-        ("a.parquet", "PAR1 no", "a.parquet is not a readable Parquet file ("),
-        ("a.json", "", "a.json is empty (0 bytes): choose a file with rows."),
-        ("a.txt", "x", "a.txt is not a file this app reads: convert it to one of .json, .jsonl, .csv, .parquet."),
-    ],
-)
-def test_a_broken_file_is_one_sentence_with_place_and_remedy(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
-    assert refusal(put(tmp_path / name, content)).startswith(said)
 
 
 def test_a_file_that_may_not_be_opened_is_told(tmp_path: Path) -> None:
@@ -203,8 +67,7 @@ def test_a_file_that_may_not_be_opened_is_told(tmp_path: Path) -> None:
         ("missing.jsonl", "There is no file missing.jsonl: check the path, upload the file, or give a Hugging Face id"),
         ("folder/missing.jsonl", "There is no file folder/missing.jsonl"),
         ("justaname", "There is no file justaname"),
-        (".", ". is a folder: choose one file in it"),
-        ("a\0b.json", "There is no file a\0b.json"),
+        ("a\0b.json", "There is no file a�b.json"),
         ("x" * 5000 + ".json", "'xxx"),
     ],
 )
@@ -220,7 +83,7 @@ def test_a_hub_id_passes_the_cheap_test_and_a_folder_of_that_name_does_not(tmp_p
     check("owner/name")
     check("owner/name-v1.1:main", within=tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert "is a folder" in refusal("owner/name")
+    assert refusal("owner/name").startswith("owner/name is an empty folder: put files into it (.json, ")
 
 
 def test_the_page_reads_nothing_outside_its_workspace(tmp_path: Path) -> None:
@@ -230,11 +93,62 @@ def test_the_page_reads_nothing_outside_its_workspace(tmp_path: Path) -> None:
     (workspace / "link.jsonl").symlink_to(outside)
     inside = put(workspace / "a.jsonl", lines(ROWS))
     assert values(inside, within=workspace) == ROWS
-    for reference in (outside, workspace / "link.jsonl", workspace / ".." / "secret.jsonl", tmp_path / "missing.jsonl"):
+    (workspace / "folder").mkdir()
+    (workspace / "folder" / "link.jsonl").symlink_to(outside)
+    for reference in (outside, workspace / "link.jsonl", workspace / ".." / "secret.jsonl", tmp_path / "missing.jsonl", tmp_path):
         assert "lies outside the workspace" in refusal(reference, workspace)
+    assert "link.jsonl lies outside the workspace" in refusal(workspace / "folder", workspace)
 
 
-# Progress, Stop, names, uploads ----------------------------------------------------------------------------------------
+# Folders ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_folder_are_one_data_set_in_the_order_of_their_names(tmp_path: Path) -> None:
+    put(tmp_path / "c.jsonl.gz", gzip.compress(lines([{"a": 5}]).encode()))
+    put(tmp_path / "a.csv", "a,b\n1,2\n")
+    put(tmp_path / "b.jsonl", lines([{"a": 2}, 7, {"a": 4}]))
+    put(tmp_path / ".DS_Store", "no data")
+    assert list(read(str(tmp_path), within=tmp_path)) == [
+        RawRow(number=1, place="a.csv, row 1", values={"a": "1", "b": "2"}),
+        RawRow(number=2, place="b.jsonl, row 1", values={"a": 2}),
+        RawRow(
+            number=3,
+            place="b.jsonl, row 2",
+            values=None,
+            problem="b.jsonl, row 2: line 2 is 7, not an object with named columns",
+        ),
+        RawRow(number=4, place="b.jsonl, row 3", values={"a": 4}),
+        RawRow(number=5, place="c.jsonl.gz, row 1", values={"a": 5}),
+    ]
+
+
+def test_the_rows_of_a_single_file_have_no_place(tmp_path: Path) -> None:
+    assert [row.place for row in read(str(put(tmp_path / "a.jsonl", lines(ROWS))))] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("notes.txt", "x", "notes.txt is not a file this app reads: convert it to one of .json, .jsonl, .csv, .tsv, .parquet (each also"),
+        ("b.jsonl", "", "b.jsonl is empty (0 bytes): choose a file with rows."),
+        ("b.json", "5", "b.json holds 5: it must be a list of objects, one a row."),
+        ("deeper/b.json", "[]", "deeper is a folder: bring its files (.json, .jsonl, .csv, .tsv, .parquet), not the folder in another."),
+    ],
+)
+def test_a_file_that_cannot_be_read_stops_its_folder(tmp_path: Path, name: str, content: str, said: str) -> None:
+    put(tmp_path / "a.jsonl", lines(ROWS))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    put(tmp_path / name, content)
+    assert refusal(tmp_path).startswith(said)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    said = "a.jsonl is not a file on a disk but a pipe or a device: save its rows to a file."
+    assert refusal(tmp_path / "a.jsonl") == refusal(tmp_path) == said
+
+
+# Progress, Stop, names ----------------------------------------------------------------------------------------
 
 
 def test_progress_counts_rows_to_the_last(tmp_path: Path) -> None:
@@ -260,7 +174,7 @@ def test_stop_does_not_wait_for_a_network_that_says_nothing(monkeypatch: pytest.
         answer.wait(60)
         yield {"a": 1}
 
-    monkeypatch.setattr(sources, "_hub", silent_hub)
+    monkeypatch.setattr(hub, "rows", silent_hub)
     threading.Thread(target=lambda: asked.wait(60) and stop.set(), daemon=True).start()
     try:
         with pytest.raises(Cancelled):
@@ -278,6 +192,9 @@ def test_stop_does_not_wait_for_a_network_that_says_nothing(monkeypatch: pytest.
         ("/w/uploads/0123456789ab-My Answers (2).CSV", "my-answers-2"),
         ("timdettmers/openassistant-guanaco", "openassistant-guanaco"),
         ("owner/data-v1.1:main", "data-v1-1-main"),
+        ("/w/uploads/0123456789ab-My answers.jsonl.gz", "my-answers"),
+        ("/w/uploads/0123456789ab-first.csv-and-2-more", "first-csv-and-2-more"),
+        ("/w/some folder/", "some-folder"),
         ("/w/Café.jsonl", "cafe"),
         ("/w/данные.jsonl", "data"),
         ("", "data"),
@@ -293,6 +210,24 @@ def test_any_reference_has_a_name_that_a_folder_can_have(reference: str) -> None
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", name_of(reference))
 
 
+@pytest.mark.parametrize(
+    ("reference", "called"),
+    [
+        ("/w/uploads/0123456789ab-answers.csv.gz", "answers.csv.gz"),
+        ("/w/uploads/0123456789ab-first.jsonl-and-2-more", "first.jsonl and 2 more"),
+        ("bundled:guanaco-starter", "guanaco-starter"),
+        ("owner/name", "owner/name"),
+        ("/data/folder", "/data/folder"),
+        ("/data/line\nfeed", "/data/line�feed"),
+    ],
+)
+def test_a_reference_is_called_by_what_the_person_knows(reference: str, called: str) -> None:
+    assert shown(reference) == called
+
+
+# Uploads and pastes ----------------------------------------------------------------------------------------------------
+
+
 def test_an_upload_is_kept_under_its_content_and_its_own_name(tmp_path: Path) -> None:
     upload = put(tmp_path / "My answers (1).JSONL", lines(ROWS))
     workspace = tmp_path / "workspace" / "uploads"
@@ -304,7 +239,9 @@ def test_an_upload_is_kept_under_its_content_and_its_own_name(tmp_path: Path) ->
     assert [path.name for path in workspace.iterdir()] == [Path(reference).name]
 
 
-@pytest.mark.parametrize("name", ["..\\..\\evil.json", "....json", "-rf.json", "$(id);'\".json", "данные" * 12 + ".json"])
+@pytest.mark.parametrize(
+    "name", ["..\\..\\evil.json", "....json", "-rf.json", "$(id);'\".json", "данные" * 12 + ".json", "𠀀" * 60 + ".json"]
+)
 def test_an_upload_cannot_choose_where_it_goes(tmp_path: Path, name: str) -> None:
     reference = Path(import_upload(put(tmp_path / name, "[{}]"), tmp_path / "into"))
     assert reference.parent == tmp_path / "into"
@@ -317,130 +254,102 @@ def test_an_upload_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "into").exists()
 
 
-def test_the_data_rooms_load_neither_torch_nor_the_page() -> None:
-    code = "import sys, qlora_ui.data.checks; print([m for m in ('torch', 'gradio', 'datasets', 'pandas', 'pyarrow') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def test_several_uploads_are_one_folder_whatever_their_order(tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    (tmp_path / "other").mkdir()
+    uploads = [
+        put(tmp_path / "b c.jsonl", lines([{"a": 2}])),
+        put(tmp_path / "A.CSV.gz", gzip.compress(b"a,b\n1,2\n")),
+        put(tmp_path / "other" / "b c.jsonl", lines([{"a": 3}])),
+    ]
+    reference = import_uploads(uploads, into)
+    assert re.fullmatch(r"[0-9a-f]{12}-A\.csv\.gz-and-2-more", Path(reference).name)
+    assert shown(reference) == "A.csv.gz and 2 more"
+    assert sorted(path.name for path in Path(reference).iterdir()) == ["A.csv.gz", "b_c-2.jsonl", "b_c.jsonl"]
+    assert sorted(str(row) for row in values(reference, within=into)) == ["{'a': '1', 'b': '2'}", "{'a': 2}", "{'a': 3}"]
+    assert import_uploads([uploads[1], uploads[0], uploads[2]], into) == reference
+    assert [path.name for path in into.iterdir()] == [Path(reference).name]
 
 
-# The Hub ---------------------------------------------------------------------------------------------------------------
-
-HUB_ROW = b'{"prompt": "Hi", "completion": "Hello."}\n'
-SUBSETS = b"---\nconfigs:\n- config_name: main\n  data_files: main.jsonl\n- config_name: other\n  data_files: other.jsonl\n---\n"
-REPOSITORIES: dict[str, dict[str, bytes]] = {
-    "o/good": {"train.jsonl": HUB_ROW * 300, "test.jsonl": HUB_ROW},
-    "o/one-split": {"validation.jsonl": HUB_ROW * 2},
-    "o/no-train": {"validation.jsonl": HUB_ROW, "test.jsonl": HUB_ROW},
-    "o/subsets": {"README.md": SUBSETS, "main.jsonl": HUB_ROW * 3, "other.jsonl": HUB_ROW},
-    "o/broken": {"train.jsonl": HUB_ROW + b'{"prompt": '},
-    "o/no-data": {"README.md": b"# Nothing"},
-    "o/script": {"script.py": b"open('/tmp/ran', 'w')"},
-    "o/gated": {"train.jsonl": HUB_ROW},
-}
+def test_other_contents_make_another_folder(tmp_path: Path) -> None:
+    uploads = [put(tmp_path / "a.jsonl", lines(ROWS)), put(tmp_path / "b.jsonl", lines(ROWS))]
+    first = import_uploads(uploads, tmp_path / "into")
+    put(uploads[1], lines(ROWS[:1]))
+    second = import_uploads(uploads, tmp_path / "into")
+    assert (len(values(first)), len(values(second))) == (4, 3)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as loading a data set asks for."""
-
-    def log_message(self, *args: object) -> None: ...
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        match = re.match(r"/(api/)?datasets/(\w+/[\w-]+)(?:/(tree|resolve)/[^/?]+)?/?([^?]*)", self.path)
-        files = REPOSITORIES.get(match[2]) if match else None
-        if match is None or files is None:
-            self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-        elif match[3] == "tree":
-            listed = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in files] if not match[4] else []
-            self.answer(200, json.dumps(listed).encode())
-        elif match[1]:
-            self.answer(200, json.dumps({"id": match[2], "sha": "a" * 40}).encode())
-        elif match[2] == "o/gated":
-            self.answer(401, b"{}", X_Error_Code="GatedRepo")
-        elif match[4] not in files:
-            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit="a" * 40)
-        else:
-            self.answer(200, files[match[4]], X_Repo_Commit="a" * 40, ETag=f'"{len(files[match[4]])}"')
-
-    do_HEAD = do_GET
+def test_names_that_differ_in_capitals_do_not_replace_each_other(tmp_path: Path) -> None:
+    reference = import_uploads([put(tmp_path / name, lines(ROWS)) for name in ("a.jsonl", "A.jsonl", "a.JSONL")], tmp_path / "into")
+    assert sorted(path.name.lower() for path in Path(reference).iterdir()) == ["a-2.jsonl", "a-3.jsonl", "a.jsonl"]
 
 
-CLIENT = """
-import json, sys, time
-from qlora_ui.data import sources
-from qlora_ui.errors import UserError
-from qlora_ui.stopping import Cancelled
-for reference in sys.argv[1:]:
-    begun = time.monotonic()
-    try:
-        said = [row.values for row in sources.read(reference)]
-    except UserError as error:
-        said = str(error)
-    print("@" + json.dumps([reference, said, time.monotonic() - begun]))
-"""
+def test_one_upload_of_several_is_as_before(tmp_path: Path) -> None:
+    upload = put(tmp_path / "a.jsonl", lines(ROWS))
+    assert import_uploads([upload], tmp_path / "into") == import_upload(upload, tmp_path / "into")
 
 
-def ask(endpoint: str, home: Path, *references: str, **environment: str) -> dict[str, tuple[Any, float]]:
-    """What a fresh process says: the Hub's libraries read the endpoint once, when they are imported."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT, *references], cwd=home, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@")]
-    return {reference: (said, seconds) for reference, said, seconds in told}
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Any, float]]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    references = [*REPOSITORIES, "o/nowhere", "o/subsets:main", "o/subsets:nope", "o/not--possible"]
-    yield ask(f"http://127.0.0.1:{server.server_port}", tmp_path_factory.mktemp("hub"), *references)
-    server.shutdown()
-
-
-def test_the_train_split_of_a_hub_set_is_read(hub: dict[str, tuple[Any, float]]) -> None:
-    assert hub["o/good"][0] == [json.loads(HUB_ROW)] * 300
-
-
-def test_the_only_split_of_a_hub_set_is_read_and_a_subset_can_be_named(hub: dict[str, tuple[Any, float]]) -> None:
-    assert len(hub["o/one-split"][0]) == 2
-    assert len(hub["o/subsets:main"][0]) == 3
+def test_several_uploads_of_which_one_cannot_be_read_leave_nothing(tmp_path: Path) -> None:
+    good, bad = put(tmp_path / "a.jsonl", lines(ROWS)), put(tmp_path / "b.exe", "x")
+    for uploads, said in (
+        ([good, bad], "b.exe is not a file this app reads"),
+        ([], "No file is chosen"),
+        ([good, tmp_path], "is a folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            import_uploads(uploads, tmp_path / "into")
+    assert not (tmp_path / "into").exists()
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("text", "kind"),
     [
-        ("o/no-train", "o/no-train has no split 'train', only validation, test: download the one you want and upload it."),
-        ("o/subsets", "o/subsets has several subsets (main, other): name one after a colon, as in o/subsets:main."),
-        ("o/subsets:nope", "o/subsets:nope cannot be read from the Hugging Face Hub ("),
-        ("o/nowhere", "There is no data set o/nowhere on the Hugging Face Hub, or it is private: check the name, or set HF_TOKEN."),
-        ("o/gated", "o/gated is gated: accept its terms at https://huggingface.co/datasets/o/gated, and start the app with HF_TOKEN set."),
-        ("o/broken", "o/broken cannot be read from the Hugging Face Hub ("),
-        ("o/no-data", "o/no-data cannot be read from the Hugging Face Hub ("),
-        ("o/script", "o/script cannot be read from the Hugging Face Hub ("),
-        ("o/not--possible", "o/not--possible cannot be read from the Hugging Face Hub ("),
+        (json.dumps(ROWS, indent=1), "json"),
+        (json.dumps(ROWS[0]) + "\n", "json"),
+        ("﻿\n" + lines(ROWS), "jsonl"),
+        (lines(ROWS).replace("\n", "\n\n"), "jsonl"),
+        ('prompt,completion\n"Grüße, 你好",b\n', "csv"),
+        ("prompt;completion\nGrüße, 你好;b\n", "csv"),
+        ("prompt\tcompletion\nGrüße, 你好\tb\n", "tsv"),
     ],
 )
-def test_a_hub_set_that_cannot_be_read_is_one_sentence_with_a_remedy(hub: dict[str, tuple[Any, float]], reference: str, said: str) -> None:
-    assert hub[reference][0].startswith(said)
-    assert "\n" not in hub[reference][0]
+def test_a_pasted_text_is_kept_as_the_file_that_it_is(tmp_path: Path, text: str, kind: str) -> None:
+    reference = import_paste(text, tmp_path / "into")
+    assert re.fullmatch(rf"[0-9a-f]{{12}}-pasted\.{kind}", Path(reference).name)
+    assert shown(reference) == f"pasted.{kind}"
+    assert values(reference)[0]["prompt"] == ROWS[0]["prompt"]
+    assert import_paste(text, tmp_path / "into") == reference
 
 
-def test_without_a_network_the_hub_is_given_up_within_seconds(tmp_path: Path) -> None:
-    said, seconds = ask("http://127.0.0.1:9", tmp_path, "o/good")["o/good"]
-    assert said.startswith("The Hugging Face Hub cannot be reached for o/good (")
-    assert said.endswith("check the connection, or upload a file.")
-    assert seconds < 15  # of which a few are the import; load_dataset alone repeats for 23
+def test_a_broken_line_of_a_pasted_text_is_told_like_that_of_a_file(tmp_path: Path) -> None:
+    found = values(import_paste('{"a": 1}\n{"a": \n{"a": "\ud800"}', tmp_path))
+    assert found == [
+        {"a": 1},
+        "line 2 is not valid JSON: Expecting value at column 6",
+        "line 3 is not UTF-8 text (byte 0xed at position 8)",
+    ]
 
 
-def test_offline_mode_is_told_as_such(tmp_path: Path) -> None:
-    said, _ = ask("http://127.0.0.1:9", tmp_path, "o/good", HF_HUB_OFFLINE="1")["o/good"]
-    assert "offline mode is enabled" in said
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "Nothing is pasted: paste JSON, JSON Lines, or a table with a header line."),
+        (" \n﻿", "Nothing is pasted"),
+        ('[{"a": 1},\n {"a" 2}]', "The pasted text is not valid JSON: Expecting ':' delimiter at line 2, column 7; mend it there."),
+        ('{"a": ', "The pasted text is not valid JSON: Expecting value at line 1, column 7; mend it there."),
+        ("Once upon a time.", "The pasted text is neither JSON nor a table with a header line: paste objects in { }, a list in [ ], or"),
+        ("Hello, world.\nHow are you?", "The pasted text is neither JSON nor a table"),
+        ("prompt,completion", "The pasted text is neither JSON nor a table"),
+        ("5", "The pasted text is neither JSON nor a table"),
+    ],
+)
+def test_a_pasted_text_that_is_no_data_is_told_and_leaves_nothing(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        import_paste(text, tmp_path / "into")
+    assert str(caught.value).startswith(said)
+    assert not (tmp_path / "into").exists()
+
+
+def test_the_data_rooms_load_neither_torch_nor_the_page() -> None:
+    code = "import sys, qlora_ui.data.checks; print([m for m in ('torch', 'gradio', 'datasets', 'pandas', 'pyarrow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -167,6 +167,13 @@ def test_a_model_is_fetched_with_its_bytes_counted(workspace: Workspace, hub: Hu
     assert (progress[-1].done, progress[-1].total) == (total, total)
 
 
+def test_code_is_fetched_only_of_a_model_that_is_trusted(workspace: Workspace, hub: Hub) -> None:
+    assert not list(fetched(workspace)[0].folder.glob("*.py"))
+    found = find("o/good", "main", workspace.models, lambda event: None, lambda: False, trusted=True)
+    assert found.trusted
+    assert [path.name for path in found.folder.glob("*.py")] == ["modeling_evil.py"]
+
+
 def test_a_model_in_the_cache_is_not_fetched_again_and_serves_when_the_hub_is_away(
     workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

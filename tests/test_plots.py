@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,12 +18,9 @@ from qlora_ui.events import HeldOut, Planned, Step
 from qlora_ui.progress import Progress
 from qlora_ui.ui.plots import loss_plot
 
-try:
-    from playwright.sync_api import Browser, Page, expect, sync_playwright
-except ImportError:  # the tests without a browser still run
-    sync_playwright = None
+with contextlib.suppress(ImportError):  # the tests without a browser still run
+    from playwright.sync_api import Browser, Page, expect
 
-CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 CANVAS = "document.querySelector('#loss-plot canvas')"
 
 
@@ -71,16 +68,6 @@ def test_template_does_not_depend_on_the_value_or_gradio_would_wipe_the_canvas()
         assert "{{" not in template
         assert "${" not in template
         assert "`" not in template
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if sync_playwright is None:
-        pytest.skip("playwright is not installed")
-    with sync_playwright() as engines:
-        chromium = engines.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
@@ -339,9 +326,35 @@ def test_height_is_the_same_empty_and_full_and_smaller_on_a_phone(page: Page) ->
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def drawn(page: Page, colour: str) -> int:
+    """How many points of the canvas have exactly this colour, as #rrggbb."""
+    count: int = page.evaluate(
+        f"""colour => {{
+            const {{ data }} = {CANVAS}.getContext("2d").getImageData(0, 0, {CANVAS}.width, {CANVAS}.height);
+            const [red, green, blue] = [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16));
+            let count = 0;
+            for (let at = 0; at < data.length; at += 4)
+                count += data[at] === red && data[at + 1] === green && data[at + 2] === blue && data[at + 3] === 255;
+            return count;
+        }}""",
+        colour,
+    )
+    return count
+
+
 @pytest.mark.browser
 def test_dark_theme_redraws_the_curve_in_its_own_colours(page: Page) -> None:
+    def colours() -> set[str]:
+        names = ("--loss-train", "--loss-held")
+        return {page.evaluate(f"name => getComputedStyle({CANVAS}).getPropertyValue(name).trim()", name) for name in names}
+
     wait_for_points(page, "a", 40)
     page.evaluate(f"window.before = {CANVAS}.toDataURL()")
+    first = colours()
+    assert min(drawn(page, colour) for colour in first) > 0
     page.evaluate("document.body.classList.toggle('dark')")
     page.wait_for_function(f"{CANVAS}.toDataURL() !== window.before")
+    second = colours()
+    assert len(first | second) == 4
+    assert min(drawn(page, colour) for colour in second) > 0
+    assert max(drawn(page, colour) for colour in first) == 0

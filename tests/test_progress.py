@@ -19,6 +19,7 @@ from qlora_ui.events import (
     Phase,
     PhaseProgress,
     Planned,
+    Sample,
     Step,
     Stopped,
     StopRequested,
@@ -26,9 +27,17 @@ from qlora_ui.events import (
 from qlora_ui.progress import PHASE_WORDS, Curve, Progress, amount, duration, log_line
 
 
-def step(number: int, loss: float | None = 1.234, time: float = 0.0) -> Step:
+def step(number: int, loss: float | None = 1.234, time: float = 0.0, skipped: bool = False) -> Step:
     return Step(
-        step=number, loss=loss, learning_rate=2e-4, grad_norm=0.5, tokens_per_second=99.6, memory_gib=1.0, epoch=number / 10, time=time
+        step=number,
+        loss=loss,
+        learning_rate=2e-4,
+        grad_norm=0.5,
+        tokens_per_second=99.6,
+        memory_gib=1.0,
+        epoch=number / 10,
+        time=time,
+        skipped=skipped,
     )
 
 
@@ -103,6 +112,13 @@ def test_the_share_done_is_of_the_training_and_before_it_of_the_phase() -> None:
     assert after(*TRAINING, step(10), Finished(step=10)).share_done == 1
 
 
+def test_the_best_checkpoint_and_the_skipped_steps_are_counted_on_the_way() -> None:
+    saved = [CheckpointSaved(step=number, name=f"checkpoint-{number}", best=best) for number, best in ((2, True), (4, True), (6, False))]
+    progress = after(*TRAINING, step(1), step(2, None, skipped=True), *saved)
+    assert progress.best_checkpoint == saved[1]
+    assert progress.skipped_steps == 1
+
+
 def test_the_time_left_is_the_pace_of_the_last_steps_without_the_evaluations() -> None:
     progress = after(*TRAINING)
     assert progress.eta_seconds is None
@@ -111,6 +127,9 @@ def test_the_time_left_is_the_pace_of_the_last_steps_without_the_evaluations() -
     progress.add(step(2, time=102.0))
     assert progress.eta_seconds == 16
     progress.add(HeldOut(step=2, loss=1, time=150.0))
+    assert progress.eta_seconds is None
+    progress.add(step(2, time=151.0))
+    progress.add(Sample(step=2, prompt="", base="", adapter="", time=151.5))
     assert progress.eta_seconds is None
     progress.add(step(3, time=152.0))
     progress.add(step(4, time=155.0))
@@ -213,7 +232,15 @@ def test_a_plot_that_shows_another_run_starts_over() -> None:
         (planned(10), "10 steps over 8 rows (2 held out); 12,345 tokens a pass, 678 of them trained on"),
         (step(3), "step 3  loss 1.2340  lr 2.00e-04  100 tokens/s"),
         (step(3, None), "step 3  loss not finite  lr 2.00e-04  100 tokens/s"),
-        (HeldOut(step=3, loss=1), "step 3  held-out loss 1.0000"),
+        (HeldOut(step=3, loss=1), "step 3  held-out loss 1.0000  perplexity 2.718"),
+        (HeldOut(step=3, loss=1e9), "step 3  held-out loss 1000000000.0000  perplexity 1.014e+304"),
+        (
+            Sample(step=3, prompt="Who\nare you?", base="I am", adapter="word " * 50),
+            f"step 3  asked: Who are you?  ·  base: I am  ·  adapter: {'word ' * 31}…",
+        ),
+        (CheckpointSaved(step=3, name="checkpoint-3", best=True), "step 3  checkpoint saved, the best so far"),
+        (step(3, None, skipped=True), "step 3  loss not finite  lr 2.00e-04  100 tokens/s  skipped: the weights stay as they were"),
+        (Finished(step=3, reason="ended before step 9"), "Finished: 3 steps, adapter saved; ended before step 9"),
         (CheckpointSaved(step=3, name="checkpoint-3"), "step 3  checkpoint saved"),
         (AdapterSaved(step=3), ""),
         (StopRequested(), "Stop was asked for"),

@@ -17,6 +17,7 @@ PACKAGE = "qlora_ui"
 ROOMS = (
     "errors",
     "stopping",
+    "knobs",
     "config",
     "presets",
     "events",
@@ -26,13 +27,14 @@ ROOMS = (
     "data",
     "engine",
     "evaluate",
+    "inspection",
     "jobs",
     "services",
     "cli",
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "config", "events", "progress", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "progress", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 

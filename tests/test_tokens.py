@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_ui.data.formats import Message
-from qlora_ui.engine import tokens
-from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS, Collator, Encoded, encode, encode_rows, pieces, set_prompt_format
+from qlora_ui.engine import template_trial, tokens
+from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS, Collator, Encoded, encode, set_prompt_format
 from qlora_ui.errors import UserError
-from qlora_ui.stopping import Cancelled
 
-FORMATS = ("chatml", "guanaco", "tokenizer")
+# A person's own, with and without marks, besides the ones with names.
+CUSTOM = {
+    "custom, marked": "{% for turn in messages %}[{{ turn.role }}]\n{% if turn.role == 'assistant' %}"
+    "{% generation %}{{ turn.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ turn.content }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}",
+    "custom, unmarked": "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+}
+FORMATS = ("chatml", "guanaco", "alpaca", "tokenizer", *CUSTOM)
 LONG = 100_000
+FEW = settings(max_examples=30)
 MARKED = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     "{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}"
@@ -44,7 +55,7 @@ def tokenizer_in(prompt_format: str, template: str | None = None) -> Any:
     """The tiny tokenizer, its own template replaced when one is given, in a run's prompt format."""
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = template or tiny.CHAT_TEMPLATE
-    set_prompt_format(tokenizer, prompt_format)
+    set_prompt_format(tokenizer, "custom" if prompt_format in CUSTOM else prompt_format, CUSTOM.get(prompt_format, ""))
     return tokenizer
 
 
@@ -53,7 +64,10 @@ def talk(*turns: str) -> list[Message]:
 
 
 def trained_texts(tokenizer: Any, row: Encoded) -> list[str]:
-    return [said for said, trained in pieces(tokenizer, row) if trained]
+    """The text of each stretch of trained tokens."""
+    marked = zip(row.input_ids, row.labels, strict=True)
+    stretches = itertools.groupby(marked, key=lambda token: token[1] != IGNORED)
+    return [tokenizer.decode([token for token, _ in stretch]) for trained, stretch in stretches if trained]
 
 
 def spoken(prompt_format: str, messages: Sequence[Message]) -> list[str]:
@@ -63,6 +77,7 @@ def spoken(prompt_format: str, messages: Sequence[Message]) -> list[str]:
 
 
 @pytest.mark.parametrize("prompt_format", FORMATS)
+@FEW
 @given(messages=conversations())
 def test_the_trained_tokens_are_the_assistants_text_and_its_end_token(prompt_format: str, messages: list[Message]) -> None:
     tokenizer = tokenizer_in(prompt_format)
@@ -74,6 +89,7 @@ def test_the_trained_tokens_are_the_assistants_text_and_its_end_token(prompt_for
 
 
 @pytest.mark.parametrize("prompt_format", FORMATS)
+@FEW
 @given(messages=conversations())
 def test_train_on_last_trains_the_last_answer_only(prompt_format: str, messages: list[Message]) -> None:
     tokenizer = tokenizer_in(prompt_format)
@@ -81,6 +97,7 @@ def test_train_on_last_trains_the_last_answer_only(prompt_format: str, messages:
 
 
 @pytest.mark.parametrize("prompt_format", FORMATS)
+@FEW
 @given(messages=conversations())
 def test_train_on_everything_trains_every_token_that_is_predicted(prompt_format: str, messages: list[Message]) -> None:
     row = encode(tokenizer_in(prompt_format), messages, "everything", LONG)
@@ -89,6 +106,7 @@ def test_train_on_everything_trains_every_token_that_is_predicted(prompt_format:
 
 
 @pytest.mark.parametrize("prompt_format", FORMATS)
+@FEW
 @given(messages=conversations())
 def test_what_is_asked_in_a_chat_is_what_stood_before_the_answer_in_training(prompt_format: str, messages: list[Message]) -> None:
     tokenizer = tokenizer_in(prompt_format)
@@ -105,6 +123,7 @@ def end_of(row: Encoded) -> int:
 
 
 @pytest.mark.parametrize("prompt_format", FORMATS)
+@FEW
 @given(messages=conversations(), train_on=st.sampled_from(["assistant", "last", "everything"]), max_seq_len=st.integers(1, 80))
 def test_a_long_row_is_cut_at_its_end(prompt_format: str, messages: list[Message], train_on: str, max_seq_len: int) -> None:
     tokenizer = tokenizer_in(prompt_format)
@@ -120,32 +139,24 @@ def test_a_leading_blank_may_share_a_token_with_the_prompt_and_nothing_of_the_an
     assert trained_texts(tokenizer, row) == ["\n\n\nHello<|im_end|>"]
 
 
-def test_a_row_cut_to_no_trained_token_is_set_aside_by_its_number() -> None:
+def test_raw_text_is_in_no_template_and_every_token_of_it_is_trained() -> None:
+    tokenizer = tokenizer_in("alpaca")
+    for train_on in ("assistant", "last", "everything"):
+        row = encode(tokenizer, [Message(role="text", content="Grüße\n\n### Response:\nthe")], train_on, LONG)
+        assert tokenizer.decode(row.input_ids) == "Grüße\n\n### Response:\nthe<|im_end|>"
+        assert row.labels == row.input_ids
+
+
+def test_raw_text_begins_with_what_the_tokenizer_begins_a_text_with() -> None:
+    from tokenizers.processors import TemplateProcessing
+
     tokenizer = tokenizer_in("chatml")
-    rows = [(1, talk("Hi", "Hello")), (5, talk("H" * 90, "Hello")), (7, talk("Hi", "H" * 90)), (9, talk("Hi", "", "a" * 60, "b"))]
-    encoded = encode_rows(tokenizer, rows, "assistant", 60, lambda: False, lambda done: None)
-    assert encoded.untrainable == [5]
-    assert encoded.truncated == 3
-    assert [len(row.input_ids) for row in encoded.rows] == [len(encode(tokenizer, rows[0][1], "assistant", 60).input_ids), 60, 60]
-    assert encoded.tokens == sum(len(row.input_ids) for row in encoded.rows)
-    assert encoded.trained_tokens == sum(row.trained for row in encoded.rows)
-    last = encode_rows(tokenizer, rows, "last", 60, lambda: False, lambda done: None)
-    assert last.untrainable == [5, 9]
-
-
-def test_a_lone_first_token_is_never_predicted_so_its_row_is_set_aside() -> None:
-    encoded = encode_rows(tokenizer_in("chatml"), [(1, talk("Hi", "Hello"))], "everything", 1, lambda: False, lambda done: None)
-    assert encoded.untrainable == [1]
-
-
-def test_encoding_tells_how_far_it_is_and_stops_at_the_next_row() -> None:
-    tokenizer, rows, told = tokenizer_in("chatml"), [(number, talk("Hi", "Hello")) for number in range(1000)], list[int]()
-    encode_rows(tokenizer, rows, "assistant", 60, lambda: False, told.append)
-    assert told == [200, 400, 600, 800, 1000]
-    told.clear()
-    with pytest.raises(Cancelled):
-        encode_rows(tokenizer, rows, "assistant", 60, lambda: len(told) == 2, told.append)
-    assert told == [200, 400]
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    row = encode(tokenizer, [Message(role="text", content="the")], "assistant", LONG)
+    assert tokenizer.decode(row.input_ids) == "<|im_start|>the<|im_end|>"
 
 
 # Prompt formats ------------------------------------------------------------------------------------------------------------
@@ -157,12 +168,21 @@ def test_the_formats_write_what_their_names_promise() -> None:
         "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
         "<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n",
         "guanaco": "S\n### Human: Q\n### Assistant: A<|im_end|>### Human: R\n### Assistant: B<|im_end|>",
+        "alpaca": "S\n\n### Instruction:\nQ\n\n### Response:\nA<|im_end|>\n\n### Instruction:\nR\n\n### Response:\nB<|im_end|>",
     }
     for prompt_format, written in expected.items():
         tokenizer = tokenizer_in(prompt_format)
         assert tokens.render(tokenizer, messages)[0] == written
         assert written.startswith(tokens.prompt(tokenizer, messages[:-1]))
         assert tokenizer.decode(encode(tokenizer, messages, "assistant", LONG).input_ids) == written
+
+
+def test_alpaca_without_a_system_turn_has_its_preamble_and_a_tools_answer_is_its_input() -> None:
+    messages = [*talk("Q", "A"), Message(role="tool", content="T"), Message(role="assistant", content="B")]
+    assert tokens.render(tokenizer_in("alpaca"), messages)[0] == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nQ\n\n### Response:\nA<|im_end|>\n\n### Input:\nT\n\n### Response:\nB<|im_end|>"
+    )
 
 
 def test_a_marked_template_of_the_tokenizer_trains_what_it_marks() -> None:
@@ -174,7 +194,7 @@ def test_a_marked_template_of_the_tokenizer_trains_what_it_marks() -> None:
 @pytest.mark.parametrize("template", [MARKED, MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")])
 def test_a_template_that_refuses_a_conversation_is_one_sentence(template: str) -> None:
     tokenizer = tokenizer_in("tokenizer", template)
-    with pytest.raises(UserError, match=r"refuses the conversation: no system turns\. Set prompt_format to chatml or guanaco\.") as caught:
+    with pytest.raises(UserError, match=r"refuses the conversation: line 1: no system turns\. Set prompt_format to chatml") as caught:
         encode(tokenizer, [Message(role="system", content="S"), *talk("Q", "A")], "assistant", LONG)
     assert caught.value.field == "prompt_format"
 
@@ -190,6 +210,62 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_everything_is_
     assert trained_texts(tokenizer, everything) == ["QRB"]
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for turn in messages %}\n{{ turn.content }\n{% endfor %}", "line 2: unexpected '}'"),
+        ("{% generation %}{{ messages[0].content }}", "line 1: Unexpected end of template"),
+        ("{{ messages | nonsense }}", "line 1: No filter named 'nonsense'"),
+        (
+            "{{ bos_token }}\n{{ messages[0].content.__class__.__mro__ }}",
+            "line 2: access to attribute '__class__' of 'str' object is unsafe",
+        ),
+        ("{{ messages.append(1) }}", "line 1: access to attribute 'append' of 'list' object is unsafe"),
+    ],
+)
+def test_a_template_that_is_not_jinja_or_leaves_the_sandbox_is_refused_with_its_line(template: str, reason: str) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    with pytest.raises(UserError) as caught:
+        set_prompt_format(tokenizer, "custom", template)
+    assert str(caught.value).startswith(f"The chat template cannot be used: {reason}")
+    assert caught.value.field == "chat_template"
+    assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0].content / 2 }}", "refuses the conversation: line 1: unsupported operand"),
+        ("\n{{ 1 / 0 }}", "refuses the conversation: line 2: division by zero"),
+        ("{% include 'other' %}", "refuses the conversation: line 1: no loader"),
+        ("{% for turn in messages if turn.role == 'user' %}{{ turn.content }}{% endfor %}", "leaves out what the assistant says in turn 2"),
+        ("{% for turn in messages %}{{ turn.content[:1] }}{% endfor %}", "leaves out what the assistant says in turn 2"),
+    ],
+)
+def test_a_template_that_fails_on_a_row_or_loses_the_answer_is_one_sentence(template: str, said: str) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    set_prompt_format(tokenizer, "custom", template)
+    with pytest.raises(UserError, match=said) as caught:
+        encode(tokenizer, talk("Q", "Answer"), "assistant", LONG)
+    assert caught.value.field == "prompt_format"
+
+
+def test_a_chat_that_renders_meanwhile_leaves_the_marks_of_a_training_alone() -> None:
+    tokenizer, messages = tokenizer_in("chatml"), talk("Q", "A", "R", "B")
+    alone = tokens.render(tokenizer, messages)
+    stop = threading.Event()
+
+    def chat() -> None:
+        while not stop.is_set():
+            tokens.whole(tokenizer, messages)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(chat)
+        found = [tokens.render(tokenizer, messages) for _ in range(1000)]
+        stop.set()
+    assert all(rendered == alone for rendered in found)
+
+
 def test_the_default_of_several_templates_is_taken() -> None:
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = {"tool_use": "other", "default": tiny.CHAT_TEMPLATE}
@@ -201,24 +277,16 @@ def test_the_default_of_several_templates_is_taken() -> None:
 def test_a_tokenizer_without_a_template_is_refused_unless_the_run_brings_one(template: Any) -> None:
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match=r"has no chat template\. Set prompt_format to chatml or guanaco\.") as caught:
+    with pytest.raises(
+        UserError, match=r"has no chat template\. Set prompt_format to chatml, guanaco or alpaca, or mend the template\."
+    ) as caught:
         set_prompt_format(tokenizer, "tokenizer")
     assert caught.value.field == "prompt_format"
     set_prompt_format(tokenizer, "guanaco")
     assert tokenizer.chat_template == tokens.TEMPLATES["guanaco"]
 
 
-# Pieces and batches ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_pieces_of_a_row_are_its_text_cut_where_training_begins_and_ends() -> None:
-    tokenizer = tokenizer_in("chatml")
-    row = encode(tokenizer, talk("Q", "Grüße 🦙"), "assistant", LONG)
-    assert pieces(tokenizer, row) == [
-        ("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", False),
-        ("Grüße 🦙<|im_end|>", True),
-        ("\n", False),
-    ]
+# Batches --------------------------------------------------------------------------------------------------------------------
 
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -237,3 +305,43 @@ def test_a_batch_is_padded_at_the_right_and_padding_is_neither_read_nor_trained(
         assert batch["input_ids"][index].tolist() == row["input_ids"] + [0] * rest  # type: ignore[operator]
         assert batch["labels"][index].tolist() == row["labels"] + [IGNORED] * rest  # type: ignore[operator]
         assert batch["attention_mask"][index].tolist() == [1] * length + [0] * rest
+
+
+# Templates that would take the app along ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 'a' * 10**10 }}", "MiB for four short turns"),
+        ("{{ '%2000000000d' % 5 }}", "MiB for four short turns"),
+        (
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+            "3 seconds or",
+        ),
+        ("{{ 'ab' * 1000000 }}", "it writes 2,000,000 characters for four short turns"),
+        (
+            "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}x",
+            "MiB for four short turns",
+        ),
+    ],
+)
+def test_a_template_without_end_or_measure_is_refused_and_the_process_lives(template: str, said: str) -> None:
+    with pytest.raises(UserError, match="The chat template cannot be used: ") as caught:
+        set_prompt_format(tiny.tiny_tokenizer(), "custom", template)
+    assert said in str(caught.value)
+    assert caught.value.field == "chat_template"
+
+
+@pytest.mark.parametrize("template", [*tokens.TEMPLATES.values(), *CUSTOM.values(), tiny.CHAT_TEMPLATE, MARKED])
+def test_an_ordinary_template_passes_the_trial(template: str) -> None:
+    assert template_trial.trouble(template) == ""
+
+
+def test_a_template_that_marks_what_the_user_says_is_refused() -> None:
+    with pytest.raises(UserError, match="marks what the user says"):
+        set_prompt_format(
+            tiny.tiny_tokenizer(),
+            "custom",
+            "{% for m in messages %}{% generation %}{{ m.role }}: {{ m.content }}{% endgeneration %}{% endfor %}",
+        )

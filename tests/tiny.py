@@ -106,6 +106,21 @@ def tiny_model(folder: Path, *, tied: bool = True) -> Path:
     return Path(shutil.copytree(_built(tied).name, folder))
 
 
+def tiny_model_with_biases(folder: Path) -> Path:
+    """The tiny model with biases in its attention, as Qwen 2 has them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = tiny_model(folder) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_bias": True}))
+    weights = load_file(folder / "model.safetensors")
+    biases = {
+        name.replace("weight", "bias"): torch.full((weight.shape[0],), 0.01) for name, weight in weights.items() if "self_attn" in name
+    }
+    save_file({**weights, **biases}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 LAYER_TENSORS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -200,6 +215,7 @@ def tiny_config(data: Path | str, **values: Any) -> RunConfig:
         "gradient_accumulation_steps": 1,
         "eval_steps": 2,
         "save_steps": 2,
+        "sample_every": 0,
     }
     return RunConfig().with_values({**small, **values})
 
@@ -214,3 +230,45 @@ def tiny_run(workspace: Workspace, data: Path | str, **values: Any) -> Run:
 def events_of(run: Run, *kinds: type[Event]) -> list[Any]:
     """The run's events of these kinds, or all."""
     return [event for event in run.read()[0] if not kinds or isinstance(event, kinds)]
+
+
+def tiny_trainer(run: Run) -> Any:
+    """The Trainer that the engine makes for a run, its model and rows inside, before the first step."""
+    from qlora_ui.engine import tokens
+    from qlora_ui.engine.adapter import add_adapter
+    from qlora_ui.engine.hardware import detect
+    from qlora_ui.engine.model import find_here, load_quantized, load_tokenizer
+    from qlora_ui.engine.train import encode, make_trainer, read_rows
+
+    config = run.config()
+    found = find_here(config.model.model, config.model.revision, run.workspace.models)
+    assert found is not None
+    hardware = detect(config.quantization.compute_dtype)
+    tokenizer = load_tokenizer(found)
+    tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
+    rows = encode(run, tokenizer, read_rows(run, config, _silent, _never), _silent, _never)
+    model = add_adapter(load_quantized(found, config.quantization, hardware, _silent, _never), config.adapter, config.optimization.seed)
+    return make_trainer(run, config, hardware, model, tokenizer, rows[0], rows[1], _silent, _never)
+
+
+def rows_of_step(step: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """The rows in the micro-batches of an optimizer step, packed or padded, as ids and labels."""
+    rows = []
+    for batch in step["micro_batches"]:
+        ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+        if "attention_mask" in batch:
+            sizes = batch["attention_mask"].sum(-1).tolist()
+            stretches = [(line, 0, size) for line, size in enumerate(sizes)]
+        else:
+            starts = [place for place, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+            stretches = [(0, start, end) for start, end in zip(starts, [*starts[1:], len(ids[0])], strict=True)]
+        rows += [{"input_ids": ids[line][start:end], "labels": labels[line][start:end]} for line, start, end in stretches]
+    return rows
+
+
+def _silent(event: Event) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False

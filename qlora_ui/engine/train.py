@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -14,9 +14,16 @@ from transformers.trainer_callback import PrinterCallback
 
 from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
-from qlora_ui.engine import tokens
+from qlora_ui.engine import card, cpu, seq2seq, tokens
+from qlora_ui.engine.adapter import add_adapter, continue_adapter, find_adapter, load_weights
 from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, memory_gib
-from qlora_ui.engine.model import Found, add_adapter, find, load_quantized, load_tokenizer
+from qlora_ui.engine.model import Found, describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
+from qlora_ui.engine.samples import sampler
+from qlora_ui.engine.step_plan import plan_steps
+from qlora_ui.engine.step_trainer import StepTrainer
+from qlora_ui.engine.token_checks import padding, troubles
+from qlora_ui.engine.tokenized import FittedRows, Tokenized, cached_tokenized, fit
+from qlora_ui.engine.watch import BestCheckpoint, FiniteSteps
 from qlora_ui.errors import UserError
 from qlora_ui.events import (
     CheckpointSaved,
@@ -40,21 +47,29 @@ ShouldStop = Callable[[], bool]
 transformers.utils.logging.set_verbosity_error()
 
 
-def train(run: Run, emit: Emit, should_stop: ShouldStop) -> None:
-    """Train the run's adapter. Ends with `Finished` or `Stopped` emitted; raises UserError, or Cancelled before the first step."""
+def train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None = None) -> None:
+    """Train the run's adapter, from its beginning or on from one of its checkpoints.
+
+    Going on restores adapter, optimizer, schedule, random state and place in the data, so that the steps are those of a run
+    that was never interrupted. Ends with `Finished` or `Stopped` emitted; raises UserError, or Cancelled before the first step.
+    """
     try:
-        fetch_and_train(run, emit, should_stop)
+        fetch_and_train(run, emit, should_stop, checkpoint)
     finally:
         give_memory_back()
 
 
-def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop) -> None:
+def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None) -> None:
     """All phases in order. What it made is garbage when it returns."""
     config = run.config()
-    train_set, held_out_set = read_rows(run, config, emit, should_stop)
+    start = find_adapter(config.adapter.init_adapter, run.workspace) if config.adapter.init_adapter else None
+    data = read_rows(run, config, emit, should_stop)
 
     emit(Phase(name="fetching", detail=config.model.model))
-    found = find(config.model.model, config.model.revision, run.workspace.models, emit, should_stop)
+    named = config.model
+    found = find(named.model, named.revision, run.workspace.models, emit, should_stop, trusted=named.trust_remote_code)
+    if found.trusted:
+        emit(Log(text=f"The code that comes with {found.public_name} may run: trust_remote_code is on", level="warning"))
     emit(Log(text=f"{found.public_name}: {found.origin}{f', commit {found.commit[:12]}' if found.commit else ''}"))
     run.note(model_origin=found.origin, model_commit=found.commit, model_name=found.public_name)
 
@@ -63,41 +78,48 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop) -> None:
     emit(Log(text=f"Device: {hardware.chip()}"))
     emit(Log(text=f"Compute dtype {hardware.compute_dtype}: {hardware.reason}"))
     tokenizer = load_tokenizer(found)
-    tokens.set_prompt_format(tokenizer, config.data.prompt_format)
+    new = tokens.add_new(tokenizer, config.data.new_tokens)
+    tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
 
     emit(Phase(name="tokenizing"))
-    train_rows = encode(tokenizer, train_set, config, emit, should_stop)
-    held_out_rows = encode(tokenizer, held_out_set, config, emit, should_stop) if held_out_set else None
-    if held_out_rows and not held_out_rows.rows:
-        emit(Log(text="No held-out row has a token to measure within max_seq_len, so there is no held-out loss", level="warning"))
-        held_out_rows = None
-    if not train_rows.rows:
-        raise UserError(
-            f"None of the {len(train_set)} rows has a token to train on within max_seq_len {config.data.max_seq_len}. "
-            "Raise max_seq_len or change what is trained on.",
-            field="max_seq_len",
-        )
+    train_rows, held_out_rows = encode(run, tokenizer, data, emit, should_stop)
+    for trouble in troubles(tokenizer, data.conversations, config.data.train_on, generation_ends(found)):
+        emit(Log(text=trouble, level="warning"))
+    emit(Log(text=padding(tokenizer)))
 
     emit(Phase(name="quantizing"))
-    model = add_adapter(load_quantized(found, config.quantization, hardware, emit, should_stop), config.adapter, config.optimization.seed)
-    report_size(model, config, emit)
+    base = load_quantized(found, config.quantization, hardware, emit, should_stop)
+    emit(Log(text=describe_storage(base, config.quantization)))
+    learned = make_room(base, len(tokenizer), new)
+    if learned:
+        emit(Log(text=f"New tokens, trained beside the adapter: {', '.join(tokenizer.convert_ids_to_tokens(learned))}"))
+    if start:
+        model = continue_adapter(base, config.adapter, start, found.public_name, emit)
+    else:
+        model = add_adapter(base, config.adapter, config.optimization.seed, learned)
+    if hardware.kind == "cpu":
+        cpu.draw_dropout_faster(model)
+    report_size(model, emit)
     if should_stop():
         raise Cancelled
 
     trainer = make_trainer(run, config, hardware, model, tokenizer, train_rows, held_out_rows, emit, should_stop)
+    train_set, held_out_set = checks.split(data, config.data, config.optimization.seed)
+    for callback in sampler(config.schedule, held_out_set or train_set, tokenizer, emit, should_stop):
+        trainer.add_callback(callback)
     emit(Phase(name="training"))
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stopped = False
     except Cancelled:
         stopped = True
-    save(run, trainer, found, emit, stopped)
+    save(run, config, trainer, found, emit, stopped)
 
 
-def read_rows(run: Run, config: RunConfig, emit: Emit, should_stop: ShouldStop) -> tuple[list[Any], list[Any]]:
-    """The run's rows, checked, kept in the run folder, and split into training and held-out."""
+def read_rows(run: Run, config: RunConfig, emit: Emit, should_stop: ShouldStop) -> checks.DataSet:
+    """The run's rows, checked, and kept in the run folder."""
     emit(Phase(name="reading", detail=config.data.data))
-    data = checks.prepare(config.data.data, None, should_stop, lambda done: emit(PhaseProgress(done=done, total=0, unit="rows")))
+    data = checks.prepare(config.data, None, should_stop, lambda done: emit(PhaseProgress(done=done, total=0, unit="rows")))
     checks.write(data, run.folder / "data")
     run.note(data_fingerprint=data.report.fingerprint)
     emit(Log(text=data.report.summary(), level="warning" if data.report.dropped else "info"))
@@ -105,39 +127,61 @@ def read_rows(run: Run, config: RunConfig, emit: Emit, should_stop: ShouldStop) 
         emit(Log(text=f"Row {dropped.row} was dropped: {dropped.reason}", level="warning"))
     if len(data.report.dropped) > 5:
         emit(Log(text=f"{len(data.report.dropped) - 5} more dropped rows are listed in data/report.json", level="warning"))
-    train_set, held_out = checks.split(data.conversations, config.data.held_out_share, config.optimization.seed)
-    return list(train_set), list(held_out)
+    if data.report.unused_columns:
+        emit(Log(text=f"Columns that are not read: {', '.join(data.report.unused_columns)}"))
+    if data.held_out:
+        emit(Log(text=f"Held out: {len(data.held_out):,} rows of the split {config.data.held_out_split}"))
+    return data
 
 
-def encode(tokenizer: Any, conversations: list[Any], config: RunConfig, emit: Emit, should_stop: ShouldStop) -> tokens.EncodedRows:
-    """Conversations to tokens, saying what was cut and what cannot be trained on."""
-    encoded = tokens.encode_rows(
-        tokenizer,
-        ((conversation.row, conversation.messages) for conversation in conversations),
-        config.data.train_on,
-        config.data.max_seq_len,
-        should_stop,
-        lambda done: emit(PhaseProgress(done=done, total=len(conversations), unit="rows")),
-    )
-    if encoded.truncated:
-        emit(Log(text=f"{encoded.truncated} rows are longer than max_seq_len {config.data.max_seq_len} and were cut", level="warning"))
-    if encoded.untrainable:
-        numbers = ", ".join(map(str, encoded.untrainable[:8]))
-        emit(
-            Log(
-                text=f"{len(encoded.untrainable)} rows were left out, nothing to train on in them after the cut: {numbers}", level="warning"
-            )
+def encode(run: Run, tokenizer: Any, data: checks.DataSet, emit: Emit, should_stop: ShouldStop) -> tuple[FittedRows, FittedRows]:
+    """The rows to train on and the held-out rows as tokens; says what was cut, dropped or split, and what is left out."""
+    config = run.config()
+    seq2seq.check(tokenizer, config.data)
+    if tokens.is_encoder_decoder(tokenizer):
+        emit(Log(text="Encoder-decoder model: the encoder reads a row up to its last answer, and that answer is trained"))
+
+    def tokenized(conversations: Sequence[checks.Conversation], fingerprint: str) -> Tokenized:
+        return cached_tokenized(
+            run.workspace.root / "cache",
+            tokenizer,
+            conversations,
+            fingerprint,
+            config.data.train_on,
+            should_stop,
+            on_progress=lambda done: emit(PhaseProgress(done=done, total=len(conversations), unit="rows")),
+            on_trouble=lambda said: emit(Log(text=said, level="warning")),
         )
-    return encoded
+
+    train_set, held_out_set = checks.split(data, config.data, config.optimization.seed)
+    everything = tokenized(data.conversations, data.report.fingerprint)  # what a look at the data set has tokenized already
+    place = {id(conversation): index for index, conversation in enumerate(data.conversations)}
+    parts = [everything.select([place[id(conversation)] for conversation in train_set])]
+    if data.held_out:
+        parts.append(tokenized(data.held_out, f"{data.report.fingerprint} held out"))
+    else:
+        parts.append(everything.select([place[id(conversation)] for conversation in held_out_set]))
+    train_rows, held_out_rows = (fit(part, config.data.max_seq_len, config.data.long_rows) for part in parts)
+    for line in (*train_rows.account(config.data.max_seq_len), *held_out_rows.account(config.data.max_seq_len)):
+        emit(Log(text=line, level="warning"))
+    if held_out_set and not len(held_out_rows):
+        emit(Log(text="No held-out row has a token to measure within max_seq_len, so there is no held-out loss", level="warning"))
+    if not len(train_rows):
+        raise UserError(
+            f"None of the {len(train_set)} rows has a token to train on within max_seq_len {config.data.max_seq_len}. "
+            "Raise max_seq_len or change what is trained on.",
+            field="max_seq_len",
+        )
+    return train_rows, held_out_rows
 
 
-def report_size(model: Any, config: RunConfig, emit: Emit) -> None:
-    """Say how much is trained and how the base is stored."""
+def report_size(model: Any, emit: Emit) -> None:
+    """Say how much is trained, and the memory so far."""
     trainable, total = model.get_nb_trainable_parameters()
     layers = sum(hasattr(module, "lora_A") for module in model.modules())
-    emit(Log(text=f"LoRA rank {config.adapter.lora_r} on {layers} linear layers: {trainable:,} of {total:,} parameters are trained"))
-    double = "with" if config.quantization.double_quant else "without"
-    emit(Log(text=f"Base stored as {config.quantization.quant_type.upper()} {double} double quantization, {memory_gib():.2f} GiB in use"))
+    rank = model.peft_config["default"].r
+    emit(Log(text=f"LoRA rank {rank} on {layers} linear layers: {trainable:,} of {total:,} parameters are trained"))
+    emit(Log(text=f"{memory_gib():.2f} GiB of memory in use"))
 
 
 def make_trainer(
@@ -146,51 +190,65 @@ def make_trainer(
     hardware: Hardware,
     model: Any,
     tokenizer: Any,
-    train_rows: tokens.EncodedRows,
-    held_out_rows: tokens.EncodedRows | None,
+    train_rows: FittedRows,
+    held_out_rows: FittedRows,
     emit: Emit,
     should_stop: ShouldStop,
 ) -> Trainer:
     """transformers' Trainer, told what the config says, reporting through `emit`."""
-    reporter = Reporter(emit, should_stop, train_rows, held_out_rows)
-    trainer = CountingTrainer(
+    reporter = Reporter(emit, should_stop, train_rows, held_out_rows, FiniteSteps(config.optimization.learning_rate))
+    two_sided = tokens.is_encoder_decoder(tokenizer)
+    plan = plan_steps(model, config, hardware, train_rows, emit)
+    pad = seq2seq.Collator(tokenizer.pad_token_id, model.config) if two_sided else tokens.Collator(tokenizer.pad_token_id)
+    trainer = StepTrainer(
+        plan=plan,
+        on_tokens=reporter.count,
+        finite_steps=reporter.finite_steps,
+        loraplus_lr_ratio=config.optimization.loraplus_lr_ratio,
         model=model,
-        args=training_arguments(run, config, hardware, has_held_out=held_out_rows is not None),
-        train_dataset=[asdict(row) for row in train_rows.rows],
-        eval_dataset=[asdict(row) for row in held_out_rows.rows] if held_out_rows else None,
-        data_collator=tokens.Collator(tokenizer.pad_token_id),
+        args=training_arguments(run, config, hardware, len(held_out_rows) > 0, plan.gradient_checkpointing),
+        train_dataset=train_rows,
+        eval_dataset=held_out_rows if len(held_out_rows) else None,
+        data_collator=plan.collator(config, pad),
         processing_class=tokenizer,
-        callbacks=[reporter],
+        callbacks=[reporter, reporter.finite_steps, BestCheckpoint(config.schedule)],
     )
-    trainer.reporter = reporter
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the caller
     if hardware.kind == "cpu" and config.optimization.optimizer.startswith("paged"):
-        emit(Log(text="The optimizer's pages only move on a GPU; on CPU it is the same AdamW, unpaged"))
+        emit(Log(text="The optimizer's pages only move on a GPU; on CPU it is the same optimizer, unpaged"))
     return trainer
 
 
-def training_arguments(run: Run, config: RunConfig, hardware: Hardware, has_held_out: bool) -> TrainingArguments:
-    """The config in Trainer's words. `constant` includes the warm-up, which transformers' plain `constant` would ignore."""
+def training_arguments(
+    run: Run, config: RunConfig, hardware: Hardware, has_held_out: bool, gradient_checkpointing: bool = False
+) -> TrainingArguments:
+    """The config in Trainer's words. `constant` includes the warm-up, which transformers' plain `constant` would ignore.
+
+    What is one batch to Trainer is all rows of an optimizer step: how they are parted into micro-batches is the collator's.
+    """
     o, s = config.optimization, config.schedule
     return TrainingArguments(
         output_dir=str(run.folder),
         use_cpu=hardware.kind == "cpu",
         bf16=hardware.compute_dtype == "bfloat16",
         fp16=hardware.compute_dtype == "float16",
-        per_device_train_batch_size=o.micro_batch_size,
-        per_device_eval_batch_size=o.micro_batch_size,
-        gradient_accumulation_steps=o.gradient_accumulation_steps,
+        per_device_train_batch_size=config.effective_batch,
+        per_device_eval_batch_size=config.effective_batch,
         learning_rate=o.learning_rate,
         lr_scheduler_type="constant_with_warmup" if o.lr_scheduler == "constant" else o.lr_scheduler,
-        warmup_steps=o.warmup_ratio,
+        warmup_steps=o.warmup_steps or o.warmup_ratio,
         num_train_epochs=o.num_train_epochs,
         max_steps=o.max_steps or -1,
         optim=o.optimizer,
+        adam_beta1=o.adam_beta1,
         adam_beta2=o.adam_beta2,
+        adam_epsilon=o.adam_epsilon,
         max_grad_norm=o.max_grad_norm,
         weight_decay=o.weight_decay,
-        activation_checkpointing=o.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if o.gradient_checkpointing else None,
+        neftune_noise_alpha=o.neftune_noise_alpha or None,
+        train_sampling_strategy="group_by_length" if o.group_by_length else "random",
+        activation_checkpointing=gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
         seed=o.seed,
         data_seed=o.seed,
         eval_strategy="steps" if has_held_out else "no",
@@ -210,34 +268,18 @@ def training_arguments(run: Run, config: RunConfig, hardware: Hardware, has_held
     )
 
 
-class CountingTrainer(Trainer):
-    """Trainer that counts tokens: the real ones of each training batch, on the host, and those that a held-out loss is a mean of."""
-
-    reporter: Reporter
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self.reporter.step_tokens += inputs.pop(tokens.REAL_TOKENS)  # Trainer's own count waits for the device
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        return prepared
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer takes the mean over rows of their batch's loss; weighted so, that is the mean over all trained tokens."""
-        rows, trained = len(inputs["labels"]), (inputs["labels"][:, 1:] != tokens.IGNORED).sum()
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        held_out = self.reporter.held_out_rows
-        if loss is not None and held_out is not None:
-            loss = loss * trained / rows * len(held_out.rows) / held_out.trained_tokens
-        return loss, logits, labels
-
-
 class Reporter(TrainerCallback):
     """Turns what Trainer does into events, and the wish to stop into Cancelled at the next safe point."""
 
-    def __init__(self, emit: Emit, should_stop: ShouldStop, train: tokens.EncodedRows, held_out: tokens.EncodedRows | None) -> None:
-        self.emit, self.should_stop = emit, should_stop
+    def __init__(self, emit: Emit, should_stop: ShouldStop, train: FittedRows, held_out: FittedRows, finite_steps: FiniteSteps) -> None:
+        self.emit, self.should_stop, self.finite_steps = emit, should_stop, finite_steps
         self.train_rows, self.held_out_rows = train, held_out
         self.step_started = 0.0
         self.step_tokens = 0
+
+    def count(self, tokens: int) -> None:
+        """Tokens that go through the model now."""
+        self.step_tokens += tokens
 
     def _stop_here(self, *_: Any, **__: Any) -> None:
         if self.should_stop():
@@ -249,8 +291,8 @@ class Reporter(TrainerCallback):
         self.emit(
             Planned(
                 total_steps=state.max_steps,
-                train_rows=len(self.train_rows.rows),
-                held_out_rows=len(self.held_out_rows.rows) if self.held_out_rows else 0,
+                train_rows=len(self.train_rows),
+                held_out_rows=len(self.held_out_rows),
                 tokens=self.train_rows.tokens,
                 trained_tokens=self.train_rows.trained_tokens,
             )
@@ -261,7 +303,7 @@ class Reporter(TrainerCallback):
         self.step_started, self.step_tokens = time.perf_counter(), 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps and self.held_out_rows is not None:
+        if state.global_step >= state.max_steps and len(self.held_out_rows):
             control.should_evaluate = True  # else the result's held-out loss would be that of some step before
 
     def on_log(
@@ -273,14 +315,16 @@ class Reporter(TrainerCallback):
         self.emit(
             Step(
                 step=state.global_step,
-                loss=finite(logs["loss"]),
+                loss=finite(logs["loss"]) if self.finite_steps.loss_is_finite else None,
                 learning_rate=logs["learning_rate"],
                 grad_norm=finite(logs.get("grad_norm", float("nan"))),
                 tokens_per_second=self.step_tokens / seconds,
                 memory_gib=memory_gib(),
                 epoch=state.epoch or 0.0,
+                skipped=self.finite_steps.skipped,
             )
         )
+        self.finite_steps.give_up_if_it_persists(state.global_step)
         self._stop_here()
 
     def on_evaluate(
@@ -294,21 +338,29 @@ class Reporter(TrainerCallback):
         self._stop_here()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.emit(CheckpointSaved(step=state.global_step, name=f"checkpoint-{state.global_step}"))
+        best = state.best_global_step == state.global_step
+        self.emit(CheckpointSaved(step=state.global_step, name=f"checkpoint-{state.global_step}", best=best))
 
 
-def save(run: Run, trainer: Trainer, found: Found, emit: Emit, stopped: bool) -> None:
+def save(run: Run, config: RunConfig, trainer: Trainer, found: Found, emit: Emit, stopped: bool) -> None:
     """Write the adapter, with its tokenizer and chat template, and say how the run ended."""
-    step, total = trainer.state.global_step, trainer.state.max_steps
+    step, total, best = trainer.state.global_step, trainer.state.max_steps, trainer.state.best_global_step
     if step == 0:
         raise Cancelled
     emit(Phase(name="saving"))
     aside = run.folder / "adapter.partial"
     shutil.rmtree(aside, ignore_errors=True)
     model: Any = trainer.model
+    kept = step
+    if config.schedule.keep == "best" and best not in (None, step):
+        load_weights(model, run.folder / f"checkpoint-{best}")
+        emit(Log(text=f"The adapter is that of step {best}, which had the best held-out loss: {trainer.state.best_metric:.4f}"))
+        kept = best
     model.peft_config["default"].base_model_name_or_path = found.public_name
-    # Only LoRA weights were trained; asking PEFT to look whether embeddings changed would call the Hub.
-    model.save_pretrained(aside, save_embedding_layers=False)
+    model.save_pretrained(aside)
     trainer.processing_class.save_pretrained(aside)
-    run.publish_adapter(aside, step)
-    emit(Stopped(step=step, total_steps=total, adapter_saved=True) if stopped else Finished(step=step))
+    two_sided = tokens.is_encoder_decoder(trainer.processing_class)
+    (aside / "README.md").write_text(card.text(run.facts(), run.config(), run.read()[0], two_sided), "utf-8")
+    run.publish_adapter(aside, kept)
+    reason = next(callback.ended_because for callback in trainer.callback_handler.callbacks if isinstance(callback, BestCheckpoint))
+    emit(Stopped(step=step, total_steps=total, adapter_saved=True) if stopped else Finished(step=step, reason=reason))

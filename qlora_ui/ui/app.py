@@ -14,7 +14,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_tab, form, markup, run_bar, theme, train_tab
+from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, markup, run_bar, theme, train_tab
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -25,7 +25,7 @@ def build(services: Services) -> gr.Blocks:
         bar = run_bar.build()
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Data", id="data", elem_id="tab-data"):
-                data = data_tab.build(services)
+                data = data_tab.build(services, presets.load(train_tab.first_preset()).config)
             with gr.Tab("Train", id="train", elem_id="tab-train"):
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
@@ -65,31 +65,74 @@ def wire(
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
     draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
-    form_values = [train.preset, data.chosen, *train.fields]
-    plan = partial(train_tab.describe_plan, services, train.names)
+    names, fields = [*train.names, *data.settings], [*train.fields, *data.settings.values()]
+    form_values = [train.preset, data.chosen, *fields]
+    plan: dict[str, Any] = {
+        "fn": partial(train_tab.describe_plan, services, names),
+        "inputs": form_values,
+        "outputs": [train.data_line, train.plan, train.message, draft],
+    }
     page.load(
-        partial(opened, services, train.names),
+        partial(opened, services, names),
         [draft],
-        [train.preset, *train.fields, data.source, data.chosen, data.page, data.summary, data.preview, data.use],
+        [train.preset, *fields, data.source.kind, data.chosen, data.source.path, data.source.hub_id],
         **QUIET,
-    ).then(plan, form_values, [train.data_line, train.plan, train.message, draft], **QUIET)
-    changes = [data.chosen.change, train.preset.input, *[f.change for f in train.fields]]
-    gr.on(changes, plan, form_values, [train.data_line, train.plan, train.message, draft], trigger_mode="always_last", **QUIET)
-
-    rows_of = [data.chosen, data.page, data.view, train.preset]
-    gr.on(
-        [data.page.change, data.view.change, data.chosen.change],
-        partial(show_rows, services, train.names),
-        [*rows_of, *train.fields],
-        [data.preview],
-        api_visibility="private",
     )
+    train.preset.input(partial(train_tab.choose_preset, names), [train.preset], [train.preset, *fields], **QUIET)
+    changes = [data.chosen.change, train.preset.input, *[f.change for f in fields]]
+    gr.on(changes, **plan, trigger_mode="always_last", **QUIET)
+    wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 
-    started = partial(train_tab.start, services, train.names)
-    train.start.click(started, form_values, [train.message, *train.fields], **QUIET).then(look, None, [seen], **QUIET)
+    started = partial(train_tab.start, services, names)
+    train.start.click(started, form_values, [train.message, *fields], **QUIET).then(look, None, [seen], **QUIET)
     bar.stop.click(partial(run_bar.stop, services), None, [bar.message], **QUIET).then(look, None, [seen], **QUIET)
     bar.chat.click(partial(talk_to_newest, services), None, [tabs, chat.run], **QUIET)
+
+
+def wire_data(
+    services: Services,
+    data: data_tab.DataTab,
+    field: dict[str, Any],
+    form_values: list[Any],
+    names: list[str],
+    plan: dict[str, Any],
+) -> None:
+    """What the Data tab does with settings, which may stand on either tab."""
+    # Two settings stand on both tabs. Only what a person types moves the other, so that they cannot chase each other.
+    for name, mirror in data.reading.mirrors.items():
+        typed = [mirror.submit, mirror.blur] if isinstance(mirror, gr.Number) else [mirror.input]
+        gr.on(typed, lambda value: value, [mirror], [field[name]], **QUIET)
+        field[name].change(lambda value: value, [field[name]], [mirror], **QUIET)
+    data.reading.suggest.click(partial(suggested, services, names), form_values, [field["max_seq_len"]], **QUIET)
+
+    read_by = ("model", "data_format", "columns", "prompt_format", "train_on", "max_seq_len", "long_rows", "held_out_split")
+    looks: dict[str, Any] = {"inputs": [data.wish, *form_values], "outputs": data.seen, "concurrency_limit": 8, **QUIET}
+    rows: dict[str, Any] = {
+        "fn": partial(data_rows.show, services, names),
+        "inputs": [*data.rows.wanted, *form_values],
+        "outputs": [data.rows.preview, data.rows.pager],
+        **QUIET,
+    }
+    left = [field["chat_template"].blur, field["new_tokens"].blur]
+    changes = [data.chosen.change, *[field[name].change for name in read_by], *left]
+    look = gr.on(changes, partial(data_tab.look, services, names, False), trigger_mode="multiple", **looks)  # the newest ends the others
+    fetch = data.reading.fetch_tokenizer.click(partial(data_tab.look, services, names, True), **looks)
+    for event in (look, fetch):
+        event.then(**rows).then(**plan, **QUIET)
+    turned = [part.change for part in data.rows.wanted if part is not data.rows.search]
+    gr.on([*turned, data.rows.search.submit, data.rows.search.blur, data.read.change], **rows)
+    mapped = partial(data_tab.map_columns, services, names)
+    gr.on(
+        [slot.input for slot in data.reading.slots],
+        mapped,
+        [*form_values, *data.reading.slots],
+        [field["columns"], field["data_format"]],
+        **QUIET,
+    )
+    data.report.download.click(partial(data_tab.write_dropped, services, names), form_values, [data.report.file], **QUIET).then(
+        None, None, None, js="() => setTimeout(() => document.querySelector('#data-dropped-file').click(), 100)"
+    )
 
 
 def opened(services: Services, names: list[str], draft: dict[str, Any]) -> list[Any]:
@@ -97,15 +140,19 @@ def opened(services: Services, names: list[str], draft: dict[str, Any]) -> list[
     services.workspace.settle()
     try:
         config = presets.load(draft["preset"]).config.with_values(draft["values"])
-        reference, *shown = data_tab.choose(services, config.data.data)
+        source = data_source.source_of(config.data.data)
     except (UserError, KeyError):  # a first visit, or a draft of another version
         config = presets.load(train_tab.first_preset()).config
-        reference, *shown = data_tab.choose(services, config.data.data)
-    return [gr.update(value=config.preset), *form.filled(names, config.values()), data_tab.source_of(reference), reference, *shown]
+        source = data_source.source_of(config.data.data)
+    reference = config.data.data
+    path, hub_id = (reference if source == kind else None for kind in (data_source.WORKSPACE, data_source.HUB))
+    return [gr.update(value=config.preset), *form.filled(names, config.values()), source, reference, path, hub_id]
 
 
-def show_rows(services: Services, names: list[str], chosen: str, page: int, view: str, preset: str, *values: Any) -> str:
-    return data_tab.show_rows(services, chosen, page, view, preset, names, *values)
+def suggested(services: Services, names: list[str], preset: str, chosen: str, *values: Any) -> Any:
+    """The max length that the lengths of the rows suggest."""
+    seen = services.inspector.known(form.read(preset, chosen, names, values))
+    return seen.lengths.suggested_max_seq_len if seen and seen.lengths else gr.skip()
 
 
 def glance(services: Services) -> str:

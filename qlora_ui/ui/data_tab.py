@@ -1,142 +1,292 @@
-"""The Data tab: where rows come from, which are kept, and what the model reads of them."""
+"""The Data tab: where rows come from, what is kept of them, and what the model will learn from each."""
 
 from __future__ import annotations
 
+import json
+import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from qlora_ui.data import sources
+from qlora_ui.config import KNOBS, DataConfig, RunConfig
+from qlora_ui.data import checks, columns, formats, sources
+from qlora_ui.data.formats import FIELDS, FORMATS
 from qlora_ui.errors import UserError
+from qlora_ui.inspection import Look
 from qlora_ui.services import Services
-from qlora_ui.ui import form, markup
+from qlora_ui.ui import data_markup, data_rows, data_source, form, markup
 
-BUNDLED, UPLOAD, HUB = "Bundled", "Upload", "Hugging Face"
-ROWS_A_PAGE = 4
-AS_CHAT, AS_READ = "As a chat", "As the model reads it"
+SLOTS = 4
+NO_LENGTHS = markup.note("How long the rows are shows here.")
+TOGETHER_SECONDS = 0.05  # what one click changes arrives as several changes, of which the last says all
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+@dataclass
+class Wish:
+    """What one page's person wants last; Gradio keeps one for each page. A look that is not the newest `look` ends."""
+
+    look: int = 0
+    stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was read and what was dropped, while it is read and after."""
+
+    summary: gr.HTML
+    cancel: gr.Button
+    download: gr.Button
+    file: gr.DownloadButton
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How rows are read, and how long they are when read so."""
+
+    data_format: gr.Dropdown
+    slots: list[gr.Dropdown]
+    columns: gr.Textbox
+    prompt_format: gr.components.Component
+    train_on: gr.components.Component
+    max_seq_len: gr.components.Component
+    long_rows: gr.components.Component
+    chat_template: gr.Textbox
+    lengths: gr.HTML
+    suggest: gr.Button
+    fetch_tokenizer: gr.Button
+
+    @property
+    def mirrors(self) -> dict[str, gr.components.Component]:
+        """Settings that stand on the Train tab and here."""
+        return {"train_on": self.train_on, "max_seq_len": self.max_seq_len}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataTab:
-    """The components that other tabs are wired to."""
+    """The parts that other tabs are wired to, and those of this tab's own wiring that need the whole form."""
 
-    source: gr.Radio
-    chosen: gr.State
+    source: data_source.DataSource
+    report: Report
+    reading: Reading
+    rows: data_rows.Rows
     use: gr.Button
-    view: gr.Radio
-    page: gr.State
-    summary: gr.HTML
-    preview: gr.HTML
+    read: gr.Textbox
+    chosen: gr.State
+    wish: gr.State
+
+    @property
+    def settings(self) -> dict[str, gr.components.Component]:
+        """Those that stand here alone."""
+        here = self.reading
+        return {
+            "data_format": here.data_format,
+            "columns": here.columns,
+            "prompt_format": here.prompt_format,
+            "chat_template": here.chat_template,
+            "long_rows": here.long_rows,
+            "held_out_split": self.source.held_out_split,
+        }
+
+    @property
+    def seen(self) -> list[gr.components.Component]:
+        """What a look fills, in the order in which it tells."""
+        report, reading = self.report, self.reading
+        told = [self.chosen, self.read, report.summary, reading.lengths, self.use, report.cancel, report.download]
+        return [*told, reading.suggest, reading.fetch_tokenizer, *reading.slots]
 
 
-def build(services: Services) -> DataTab:
-    """Components first, in reading order, then the wiring."""
+def build(services: Services, config: RunConfig) -> DataTab:
+    """Components first, in reading order, then the wiring that needs nothing of other tabs."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            source = gr.Radio([BUNDLED, UPLOAD, HUB], value=BUNDLED, label="Where the rows come from", elem_id="data-source")
-            bundled = gr.HTML(bundled_card(), elem_id="data-bundled")
-            upload = gr.File(
-                label="A .json, .jsonl, .csv or .parquet file", file_types=list(sources.SUFFIXES), visible=False, elem_id="data-upload"
-            )
-            with gr.Column(visible=False) as hub_box:
-                hub_id = gr.Textbox(label="Data set id", placeholder="owner/name", info="Public sets need no account.", elem_id="data-hub")
-                fetch = gr.Button("Read it", elem_id="data-fetch")
+            source = data_source.build(config)
         with gr.Column(scale=2, min_width=320):
-            summary = gr.HTML(elem_id="data-summary")
-            with gr.Row(elem_classes=["toolbar"]):
-                view = gr.Radio([AS_CHAT, AS_READ], value=AS_CHAT, show_label=False, container=False, elem_id="data-view", label="View")
-                back = gr.Button("Previous", size="sm", elem_id="data-back")
-                onward = gr.Button("Next", size="sm", elem_id="data-next")
-            preview = gr.HTML(elem_id="data-preview")
-            use = gr.Button("Use this data", variant="primary", elem_id="data-use")
-    chosen = gr.State("bundled:guanaco-starter")
-    page = gr.State(0)
+            report = build_report()
+            reading = build_reading(config)
+            rows = data_rows.build()
+            use = gr.Button("Use this data", variant="primary", interactive=False, elem_id="data-use")
+            read = gr.Textbox(visible="hidden", label="Rows that have been read", elem_id="data-read")
+    chosen, wish = gr.State(""), gr.State(Wish())
 
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    shown = [chosen, page, summary, preview, use]
-    source.change(switch_source, [source], [bundled, upload, hub_box], **quiet)
-    held = [source, upload, hub_id]
-    source.input(partial(choose_held, services), held, shown, **quiet)
-    gr.on([upload.upload, upload.clear], partial(choose_held, services), held, shown, api_visibility="private")
-    gr.on([fetch.click, hub_id.submit], partial(choose_held, services), held, shown, api_visibility="private")
-    back.click(partial(turn_page, services, -1), [chosen, page], [page], **quiet)
-    onward.click(partial(turn_page, services, 1), [chosen, page], [page], **quiet)
-    return DataTab(source=source, chosen=chosen, use=use, view=view, page=page, summary=summary, preview=preview)
+    data_source.wire(services, source, [chosen, rows.page, reading.data_format, reading.columns, report.summary])
+    report.cancel.click(ask_to_stop, [wish], None, queue=False, **QUIET)
+    return DataTab(source=source, report=report, reading=reading, rows=rows, use=use, read=read, chosen=chosen, wish=wish)
 
 
-def bundled_card() -> str:
-    """The bundled sets, each with rows, licence and use."""
-    cards = (
-        f'<article class="set-card"><h4>{escape(b.title)}</h4><p>{escape(b.about)}</p>'
-        f'<p class="note">{b.rows} rows · {escape(b.licence)}</p></article>'
-        for b in sources.BUNDLED.values()
+def build_report() -> Report:
+    with gr.Row(elem_id="data-report"):
+        return Report(
+            summary=gr.HTML(elem_id="data-summary"),
+            cancel=gr.Button("Cancel", size="sm", visible=False, elem_id="data-cancel"),
+            download=gr.Button("Download dropped rows", size="sm", visible=False, elem_id="data-dropped"),
+            file=gr.DownloadButton("Dropped rows", visible="hidden", elem_id="data-dropped-file"),
+        )
+
+
+def build_reading(config: RunConfig) -> Reading:
+    values = config.values()
+    with gr.Row(equal_height=True, elem_id="data-mapping", elem_classes=["helped"]):
+        known = [("Detected", formats.AUTO), *((data_markup.title(name), name) for name in FORMATS)]
+        data_format = gr.Dropdown(
+            known, value=values["data_format"], label="Row format", elem_id="field-data_format", scale=2, min_width=220
+        )
+        slots = [gr.Dropdown([], visible=False, elem_id=f"data-slot-{n}", min_width=130) for n in range(SLOTS)]
+    mapping = gr.Textbox(values["columns"], label=KNOBS["columns"].label, visible="hidden", elem_id="field-columns")
+    with gr.Row(equal_height=True, elem_id="data-reading", elem_classes=["helped"]):
+        prompt_format = form.field(KNOBS["prompt_format"], values["prompt_format"])
+        train_on = form.field(KNOBS["train_on"], values["train_on"], elem_id="data-train-on")
+        max_seq_len = form.field(KNOBS["max_seq_len"], values["max_seq_len"], elem_id="data-max-len")
+        long_rows = form.field(KNOBS["long_rows"], values["long_rows"])
+    template = gr.Textbox(
+        values["chat_template"],
+        label=KNOBS["chat_template"].label,
+        info=KNOBS["chat_template"].help,
+        lines=5,
+        max_lines=12,
+        visible=values["prompt_format"] == "custom",
+        elem_id="field-chat_template",
     )
-    return "".join(cards)
+    lengths = gr.HTML(elem_id="data-lengths")
+    with gr.Row(elem_classes=["toolbar"]):
+        suggest = gr.Button("Use the suggested max length", size="sm", visible=False, elem_id="data-suggest")
+        fetch_tokenizer = gr.Button("Fetch the tokenizer", size="sm", visible=False, elem_id="data-tokenizer")
+
+    data_format.input(lambda: "", None, [mapping], **QUIET)  # the other format has other fields
+    prompt_format.change(lambda chosen: gr.update(visible=chosen == "custom"), [prompt_format], [template], **QUIET)
+    return Reading(
+        data_format=data_format,
+        slots=slots,
+        columns=mapping,
+        prompt_format=prompt_format,
+        train_on=train_on,
+        max_seq_len=max_seq_len,
+        long_rows=long_rows,
+        chat_template=template,
+        lengths=lengths,
+        suggest=suggest,
+        fetch_tokenizer=fetch_tokenizer,
+    )
 
 
-def switch_source(source: str) -> list[Any]:
-    return [gr.update(visible=source == kind) for kind in (BUNDLED, UPLOAD, HUB)]
+# Looking -------------------------------------------------------------------------------------------------------------
 
 
-def source_of(reference: str) -> str:
-    """Which source a reference came from."""
-    if reference.startswith(sources.BUNDLED_PREFIX):
-        return BUNDLED
-    return UPLOAD if Path(reference).suffix.lower() in sources.SUFFIXES else HUB
+def ask_to_stop(wish: Wish) -> None:
+    wish.stop = True
 
 
-def choose_held(services: Services, source: str, path: str | None, hub_id: str | None) -> list[Any]:
-    """Choose what the selected source holds, so that left and right of the tab always speak of the same rows."""
-    try:
-        if source == BUNDLED:
-            return choose(services, "bundled:guanaco-starter")
-        if source == UPLOAD:
-            if not path:
-                raise UserError("No file is chosen. Drop one at the left.", field="data")
-            return choose(services, sources.import_upload(Path(path), services.workspace.uploads))
-        named = (hub_id or "").strip()
-        if "/" not in named or Path(named).exists():
-            raise UserError(f"{named!r} is no Hugging Face id. Write it at the left as owner/name.", field="data")
-        return choose(services, named)
-    except UserError as error:
-        return refused(error)
-
-
-def choose(services: Services, reference: str) -> list[Any]:
-    """Read a data set and show its report; a set that cannot be used is not chosen."""
-    try:
-        data = services.shelf.read(reference)
-    except UserError as error:
-        return refused(error)
-    rows = data.conversations[:ROWS_A_PAGE]
-    return [reference, 0, markup.summary(data.report), markup.bubbles(rows), gr.update(interactive=True)]
-
-
-def refused(error: UserError) -> list[Any]:
-    """Nothing is chosen, so that Start cannot train on something else than what is on the screen."""
-    return ["", 0, markup.error(str(error)), "", gr.update(interactive=False)]
-
-
-def turn_page(services: Services, by: int, chosen: str, page: int) -> int:
+def look(services: Services, names: list[str], fetch: bool, wish: Wish, preset: str, chosen: str, *values: Any) -> Iterator[list[Any]]:
+    """The report as it grows: a sample, all rows, their tokens. A page that goes away closes this and with it the reading."""
+    wish.stop, wish.look = False, wish.look + 1
+    mine = wish.look
+    time.sleep(TOGETHER_SECONDS)
+    if wish.look != mine:
+        return
     if not chosen:
-        return 0
-    pages = -(-len(services.shelf.read(chosen).conversations) // ROWS_A_PAGE)
-    return (page + by) % pages
-
-
-def show_rows(services: Services, chosen: str, page: int, view: str, preset: str, names: list[str], *values: Any) -> str:
-    """The page's rows as chat, or through the tokenizer and template that training uses."""
-    if not chosen:
-        return ""
-    rows = services.shelf.read(chosen).conversations[page * ROWS_A_PAGE : (page + 1) * ROWS_A_PAGE]
-    if view == AS_CHAT:
-        return markup.bubbles(rows)
+        yield [gr.skip(), "", gr.skip(), NO_LENGTHS, *idle()]
+        return
+    yield [*[gr.skip()] * 4, gr.update(interactive=False), gr.update(visible=True), *[gr.skip()] * (3 + SLOTS)]
     try:
-        pieces = services.trained_pieces(form.read(preset, chosen, names, values), rows)
+        config = form.read(preset, chosen, names, values)
+        looks = services.inspector.look(config, fetch)
+        for seen in looks:
+            if wish.look != mine:
+                return
+            yield [gr.skip(), *shown(services, config, seen)]
+            if wish.stop:
+                looks.close()
+                yield ["", "", markup.note("Cancelled. Choose the data again to read it."), NO_LENGTHS, *idle()]
+                return
     except UserError as error:
-        return markup.note(str(error)) + markup.bubbles(rows)
-    return markup.token_view(rows, pieces)
+        report = error.report if isinstance(error, checks.NothingKept) else None
+        told = markup.error(str(error)) + (data_markup.details(report) if report else "")
+        yield [gr.skip(), "", told, NO_LENGTHS, *idle(slots_for(services, preset, chosen, names, values), dropped=report is not None)]
+
+
+def idle(slots: list[Any] | None = None, dropped: bool = False) -> list[Any]:
+    """No data to use: the buttons after the summary and the lengths, and the mapping."""
+    hidden = gr.update(visible=False)
+    return [gr.update(interactive=False), hidden, gr.update(visible=dropped), hidden, hidden, *(slots or [hidden] * SLOTS)]
+
+
+def shown(services: Services, config: RunConfig, seen: Look) -> list[Any]:
+    """One look in the components of the page."""
+    if seen.data is None:
+        begun = [gr.skip(), gr.update(interactive=False), gr.update(visible=True)]
+        return [gr.skip(), markup.note(seen.doing), *begun, *[gr.skip()] * (3 + SLOTS)]
+    report, lengths = seen.data.report, seen.lengths
+    suggested = lengths.suggested_max_seq_len if lengths else config.data.max_seq_len
+    return [
+        report.fingerprint,
+        data_markup.summary(report, lengths, seen.doing) + markup.error(seen.problem),
+        (data_markup.lengths(lengths) if lengths else markup.note(seen.no_tokens)) + markup.note(seen.trouble),
+        gr.update(interactive=not seen.doing and not seen.problem),
+        gr.update(visible=bool(seen.doing)),
+        gr.update(visible=bool(report.dropped)),
+        gr.update(visible=suggested != config.data.max_seq_len and not seen.doing, value=f"Set max length to {suggested}"),
+        gr.update(visible=bool(seen.no_tokens)),
+        *slot_updates(services, config.data, report.format),
+    ]
+
+
+def slots_for(services: Services, preset: str, chosen: str, names: list[str], values: tuple[Any, ...]) -> list[Any] | None:
+    """The mapping fields for rows that none could be kept of; none when they cannot be read at all."""
+    try:
+        config = form.read(preset, chosen, names, values)
+        return slot_updates(services, config.data, "")
+    except UserError:  # said already
+        return None
+
+
+def slot_updates(services: Services, data: DataConfig, found: str) -> list[Any]:
+    """A field of the format with the column that it is read from, for as many as the format has."""
+    format = found if data.data_format == formats.AUTO else data.data_format
+    rows = services.inspector.raw_rows(data)
+    mapping = columns.parse(data.columns)
+    updates = []
+    for field, names in FIELDS.get(format, {}).items():
+        there = columns.choices(rows, field)
+        value = mapping.get(field, next((name for name in names if name in there), ""))
+        updates.append(
+            gr.update(visible=True, label=field, info=f"The column that holds the {field}.", choices=[("(none)", ""), *there], value=value)
+        )
+    return updates + [gr.update(visible=False)] * (SLOTS - len(updates))
+
+
+def map_columns(services: Services, names: list[str], preset: str, chosen: str, *values: Any) -> list[str]:
+    """What the mapping fields say, as the settings `columns` and `data_format`.
+
+    Only what differs from what the format finds by itself is a mapping; the format stays the one whose fields these are.
+    """
+    values, slots = values[:-SLOTS], values[-SLOTS:]
+    config = form.read(preset, chosen, names, values)
+    known = services.inspector.known(config)
+    found = known.data.report.format if known and known.data else ""
+    format = found if config.data.data_format == formats.AUTO else config.data.data_format
+    rows = services.inspector.raw_rows(config.data)
+    mapping = {}
+    for (field, aliases), column in zip(FIELDS.get(format, {}).items(), slots, strict=False):
+        there = columns.choices(rows, field)
+        if (column or "") != next((name for name in aliases if name in there), ""):
+            mapping[field] = column or ""
+    return [columns.write(mapping), format]
+
+
+def write_dropped(services: Services, names: list[str], preset: str, chosen: str, *values: Any) -> Any:
+    """Make the file of dropped rows, and hand it to the button that the page then presses."""
+    config = form.read(preset, chosen, names, values)
+    try:
+        report = services.inspector.read(config.data).report
+    except checks.NothingKept as error:
+        report = error.report
+    folder = Path(tempfile.mkdtemp(prefix="dropped-rows-"))
+    path = folder / f"{sources.name_of(chosen)}-dropped.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for row in checks.dropped_rows(config.data, report, services.workspace.root):
+            file.write(json.dumps(row, default=str) + "\n")
+    return gr.update(value=str(path))

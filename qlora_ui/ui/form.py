@@ -8,10 +8,12 @@ from typing import Any
 import gradio as gr
 
 from qlora_ui import presets
-from qlora_ui.config import KNOBS, STARTER_MODEL, Knob, RunConfig
+from qlora_ui.config import KNOBS, STARTER_MODEL, RunConfig
 from qlora_ui.errors import UserError
+from qlora_ui.knobs import Knob
 
-ELSEWHERE = ("model", "data")  # the model has a field of its own, the data a tab
+# The model has a field of its own; what rows are and how they are read is set on the Data tab, where its effect shows.
+ELSEWHERE = ("model", "data", "data_format", "columns", "prompt_format", "chat_template", "long_rows", "held_out_split")
 GROUPS = {
     "quantization": "Quantization",
     "adapter": "Adapter",
@@ -23,9 +25,9 @@ GROUPS = {
 MODEL_CHOICES = [("SmolLM2-135M-Instruct (starter)", STARTER_MODEL)]
 
 
-def field(knob: Knob, value: Any) -> gr.components.Component:
+def field(knob: Knob, value: Any, elem_id: str = "") -> gr.components.Component:
     """The component that suits a knob's type. Bounds are checked by the config, whose sentences are better than a browser's."""
-    common = {"label": knob.title, "info": knob.help, "elem_id": f"field-{knob.name}", "value": value}
+    common = {"label": knob.title, "info": knob.help, "elem_id": elem_id or f"field-{knob.name}", "value": value}
     if knob.kind is bool:
         return gr.Checkbox(**common)
     if knob.choices:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 
-from qlora_ui.data.checks import Conversation, Report
 from qlora_ui.progress import Progress, duration
-
-ROLE_WORDS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
-SHOWN_CHARACTERS = 2000
 
 
 def error(message: str) -> str:
@@ -66,43 +61,3 @@ def log(progress: Progress | None) -> str:
         lines.append(progress.failure.traceback)
     text = "\n".join(lines) or "What the run does is written here, line by line."
     return f'<pre class="log" role="log" tabindex="0" aria-label="Log">{escape(text)}</pre>'
-
-
-def summary(report: Report) -> str:
-    """The report in one line; the dropped rows open under it."""
-    line = f'<p class="headline">{escape(report.summary())}</p><p class="note">Format: {escape(report.format)}</p>'
-    if not report.dropped:
-        return line
-    rows = "".join(f"<tr><td>{dropped.row}</td><td>{escape(dropped.reason)}</td></tr>" for dropped in report.dropped[:200])
-    more = f"<p>{len(report.dropped) - 200} more are in the run's data/report.json.</p>" if len(report.dropped) > 200 else ""
-    return (
-        f"{line}<details><summary>{len(report.dropped)} dropped rows, with reasons</summary>"
-        f"<table><thead><tr><th>Row</th><th>Why it was dropped</th></tr></thead><tbody>{rows}</tbody></table>{more}</details>"
-    )
-
-
-def bubbles(rows: Sequence[Conversation]) -> str:
-    """Conversations as chat bubbles."""
-    cards = []
-    for row in rows:
-        turns = "".join(
-            f'<div class="turn {message.role}"><span>{ROLE_WORDS[message.role]}</span>{escape(_cut(message.content))}</div>'
-            for message in row.messages
-        )
-        cards.append(f'<article class="row-card"><header>Row {row.row}</header>{turns}</article>')
-    return f'<div class="rows">{"".join(cards)}</div>'
-
-
-def token_view(rows: Sequence[Conversation], pieces: Sequence[Sequence[tuple[str, bool]]]) -> str:
-    """Conversations as the model reads them, the trained part tinted and underlined."""
-    legend = '<p class="note"><mark>Tinted and underlined</mark>: trained on. Plain: only read.</p>'
-    cards = []
-    for row, parts in zip(rows, pieces, strict=True):
-        text = "".join(f"<mark>{escape(_cut(part))}</mark>" if trained else escape(_cut(part)) for part, trained in parts)
-        cards.append(f'<article class="row-card"><header>Row {row.row}</header><pre>{text}</pre></article>')
-    return f'{legend}<div class="rows">{"".join(cards)}</div>'
-
-
-def _cut(text: str) -> str:
-    left = len(text) - SHOWN_CHARACTERS
-    return text if left <= 0 else f"{text[:SHOWN_CHARACTERS]} … ({left:,} more characters)"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -16,6 +15,9 @@ from qlora_ui.errors import UserError
 from qlora_ui.services import Services
 from qlora_ui.ui import form, markup
 from qlora_ui.ui.plots import loss_plot
+
+if TYPE_CHECKING:
+    from qlora_ui.engine.preview import Preview
 
 FIRST_PRESET = "starter"
 
@@ -46,7 +48,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
     names = presets.names()
     first = presets.load(first_preset())
     with gr.Row():
-        with gr.Column(scale=2, min_width=320, elem_id="train-form"):
+        with gr.Column(scale=2, min_width=320, elem_id="train-form", elem_classes=["helped"]):
             choices = [(presets.load(name).title, name) for name in names]
             preset = gr.Dropdown(choices, value=first.name, label="Preset", info=first.about, elem_id="preset-select")
             model = gr.Dropdown(
@@ -65,8 +67,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             plot = loss_plot(curves)
             log = gr.HTML(markup.log(None), elem_id="log-box")
 
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    tab = TrainTab(
+    return TrainTab(
         preset=preset,
         data_line=data_line,
         plan=plan,
@@ -78,8 +79,6 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
         plot=plot,
         log=log,
     )
-    preset.input(partial(choose_preset, tab.names), [preset], [preset, *tab.fields], **quiet)
-    return tab
 
 
 def choose_preset(names: list[str], preset: str) -> list[Any]:
@@ -94,6 +93,7 @@ def start(services: Services, names: list[str], preset: str, data: str, *values:
     except UserError as error:
         return ["", *form.marked(names, error)]
     try:
+        services.check_data(config)
         services.start(config)
     except UserError as error:
         return [markup.error(str(error)), *form.marked(names, error)]
@@ -104,22 +104,31 @@ def describe_plan(services: Services, names: list[str], preset: str, data: str, 
     """What is chosen and what Start will do, or what is still wrong with it; what Start said before is over; and the draft."""
     if not data:
         return markup.note("No data set is chosen. Choose one on the Data tab."), "", "", gr.skip()
-    rows = services.shelf.read(data)
-    chosen = markup.note(f"Data: {sources.shown(data)}, {len(rows.conversations):,} rows")
+    chosen = f"Data: {sources.shown(data)}"
     try:
         config = form.read(preset, data, names, values)
+        seen = services.inspector.known(config)
+        draft = {"preset": preset, "values": config.values()}
+        if seen is None or seen.data is None:
+            return markup.note(chosen), "", "", draft
+        chosen += f", {len(seen.data.conversations):,} rows"
+        return markup.note(chosen), markup.note(plan_words(config, seen.data, seen.preview)), "", draft
     except UserError as error:
-        return chosen, markup.error(str(error)), "", gr.skip()
-    return chosen, markup.note(plan_words(config, rows)), "", {"preset": preset, "values": config.values()}
+        return markup.note(chosen), markup.error(str(error)), "", gr.skip()
 
 
-def plan_words(config: RunConfig, rows: checks.DataSet) -> str:
-    """Steps, batch and passes, as the trainer will count them."""
-    train_rows, held_out = checks.split(rows.conversations, config.data.held_out_share, config.optimization.seed)
-    steps = config.total_steps(len(train_rows))
-    passes = steps * config.effective_batch / len(train_rows)
+def plan_words(config: RunConfig, rows: checks.DataSet, preview: Preview | None) -> str:
+    """Steps, batch and passes, as the trainer will count them; before the tokens are counted, as if every row were short enough."""
+    held_out = checks.held_out_indices(rows, config.data, config.optimization.seed)
+    made = preview.sequences(config.data.max_seq_len, config.data.long_rows) if preview else [1] * len(rows.conversations)
+    measured = sum(made[index] for index in held_out) or len(rows.held_out)
+    trained = sum(made) - sum(made[index] for index in held_out)
+    if not trained:
+        raise UserError("No row is left to train on within the max length.", field="max_seq_len")
+    steps = config.total_steps(trained)
+    passes = steps * config.effective_batch / trained
     return (
         f"{steps:,} steps of {config.effective_batch} rows ({config.optimization.micro_batch_size} × "
-        f"{config.optimization.gradient_accumulation_steps}), {passes:.1f} passes over {len(train_rows):,} rows; "
-        f"{len(held_out):,} rows held out."
+        f"{config.optimization.gradient_accumulation_steps}), {passes:.3g} passes over {trained:,} rows; "
+        f"{measured:,} rows held out."
     )

@@ -1,0 +1,84 @@
+"""transformers' Trainer, a whole optimizer step at a time. Knows nothing of configs, run folders or Gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerControl
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from qlora_ui.engine import seq2seq
+from qlora_ui.engine.batches import MICRO_BATCHES, ROWS
+from qlora_ui.engine.loss import predicting
+from qlora_ui.engine.optimization import LengthGroups, loraplus_optimizer
+from qlora_ui.engine.step_plan import StepPlan
+from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS
+from qlora_ui.engine.watch import FiniteSteps
+
+
+class StepTrainer(Trainer):
+    """Trainer whose batch is a whole optimizer step in micro-batches. `on_tokens` is told of each that goes through the model."""
+
+    control: TrainerControl
+
+    def __init__(
+        self, *, plan: StepPlan, on_tokens: Callable[[int], None], finite_steps: FiniteSteps, loraplus_lr_ratio: float, **kwargs: Any
+    ) -> None:
+        super().__init__(compute_loss_func=plan.loss or seq2seq.loss, **kwargs)
+        self.plan, self.on_tokens, self.finite_steps, self.loraplus_lr_ratio = plan, on_tokens, finite_steps, loraplus_lr_ratio
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """With LoRA+, the two halves of each adapter learn at different rates."""
+        if self.loraplus_lr_ratio != 1 and self.optimizer is None:  # type: ignore[has-type]
+            self.optimizer = loraplus_optimizer(model or self.model, self.args, self.loraplus_lr_ratio)
+        return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        return LengthGroups(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of each micro-batch; between two of them is a place to stop. The gradients are shared at the last.
+
+        The loss of a step that is not finite is kept out of Trainer's running sum, and its gradients out of the weights.
+        """
+        *others, last = inputs[MICRO_BATCHES]
+        self.current_gradient_accumulation_steps = len(others) + 1  # by which Trainer divides a loss that the model averaged itself
+        loss: torch.Tensor = torch.zeros((), device=self.args.device)
+        with self.plan.attention(self.model):
+            for batch in others:
+                with self.accelerator.no_sync(model):
+                    loss += super().training_step(model, batch, num_items_in_batch)
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+            loss += super().training_step(model, last, num_items_in_batch)
+        return self.finite_steps.take(loss)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's way, with the head held to the trained tokens."""
+        with self.plan.loss.selecting(inputs["labels"]) if self.plan.loss else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        batches = [batch for step in batch_samples for batch in step.get(MICRO_BATCHES, [step])]
+        return super()._get_num_items_in_batch(batches, device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.on_tokens(inputs.pop(REAL_TOKENS))  # Trainer's own count waits for the device
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer takes the mean over rows of their batch's loss; weighted so, that is the mean over all trained tokens."""
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs[MICRO_BATCHES]):
+            if number:
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            labels = batch["labels"]
+            trained = (predicting(labels) if self.plan.loss else labels != IGNORED).sum()
+            with self.plan.attention(self.model):
+                total += super().prediction_step(model, batch, *args, **kwargs)[0] * trained
+        held_out: Any = self.eval_dataset
+        return total / inputs[ROWS] * len(held_out) / held_out.trained_tokens, None, None

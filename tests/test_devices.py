@@ -1,0 +1,76 @@
+"""Where the layers of a model go: on one device where they fit, over all GPUs where they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import architectures
+import pytest
+import tiny
+import torch
+
+from qlora_ui import jobs
+from qlora_ui.engine import model as engine_model
+from qlora_ui.engine.hardware import detect
+from qlora_ui.engine.model import Found, device_map
+from qlora_ui.engine.train import train
+from qlora_ui.events import Step
+from qlora_ui.runs import Workspace
+
+CUDA: Any = SimpleNamespace(kind="cuda")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def set_up(count: int, free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("count", "free", "where"),
+    [(1, 48, {"": "cuda:0"}), (1, 1, {"": "cuda:0"}), (2, 48, {"": "cuda:0"}), (2, 12, "balanced"), (8, 12, "balanced")],
+)
+def test_a_model_goes_over_several_gpus_only_when_one_is_too_small(tmp_path: Path, gpus: Any, count: int, free: int, where: object) -> None:
+    for number in range(2):  # 33 bytes of 16-bit weights are about 11 in 4 bits
+        (tmp_path / f"model-{number}.safetensors").write_bytes(b"x" * (16 + number))
+    gpus(count, free)
+    assert device_map(Found(folder=tmp_path, public_name="x", origin="x"), CUDA) == where
+
+
+def test_without_a_gpu_everything_is_on_the_cpu(tmp_path: Path) -> None:
+    assert device_map(Found(folder=tmp_path, public_name="x", origin="x"), SimpleNamespace(kind="cpu")) == {"": "cpu"}  # type: ignore[arg-type]
+
+
+def losses(run: Any) -> list[float]:
+    return [event.loss for event in tiny.events_of(run, Step)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "falcon", "opt", "t5"])
+@pytest.mark.parametrize("dtype", ["float32", "auto", "float16"])
+def test_an_architecture_learns_on_a_gpu(workspace: Workspace, rows: Path, name: str, dtype: str) -> None:
+    architectures.build(workspace.models / name, name)
+    run = tiny.tiny_run(workspace, rows, model=name, max_steps=12, learning_rate=0.03, warmup_ratio=0, compute_dtype=dtype)
+    jobs.execute(run, train)
+    assert run.state() == "finished", tiny.events_of(run)[-1]
+    steps = losses(run)
+    assert sum(steps[-2:]) < 0.9 * sum(steps[:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_spread_over_gpus_learns_what_it_learns_on_one(workspace: Workspace, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architectures.build(workspace.models / "llama", "llama")
+    values = {"model": "llama", "compute_dtype": "float32", "max_steps": 3}
+    one, spread = (tiny.tiny_run(workspace, rows, **values) for _ in range(2))
+    jobs.execute(one, train)
+    monkeypatch.setattr(engine_model, "device_map", lambda found, hardware: "balanced")
+    jobs.execute(spread, train)
+    assert detect("float32").kind == "cuda"
+    assert losses(spread) == pytest.approx(losses(one), abs=1e-3)
