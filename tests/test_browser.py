@@ -104,9 +104,10 @@ def test_what_was_set_but_not_started_survives_a_reload(page: Page, tmp_path: Pa
     upload(page, tiny.tiny_rows(tmp_path / "kept.json", 15))
     expect(page.locator("#data-summary")).to_contain_text("15 rows")
     go(page, "Train")
-    expect(page.locator("#train-data")).to_contain_text("kept.json")
+    expect(page.locator("#train-data")).to_contain_text("kept.json, 15 rows")
     before = page.evaluate("localStorage.getItem('qlora-ui-draft')")
-    set_number(page, "lora_r", 24)
+    with page.expect_response(lambda answer: "/run/" in answer.url and ",24," in (answer.request.post_data or "")):
+        set_number(page, "lora_r", 24)
     page.wait_for_function("before => localStorage.getItem('qlora-ui-draft') !== before", arg=before)
     page.reload()
     expect(page.locator("#data-summary")).to_contain_text("15 rows")

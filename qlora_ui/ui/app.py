@@ -70,7 +70,7 @@ def wire(
     plan: dict[str, Any] = {
         "fn": partial(train_tab.describe_plan, services, names),
         "inputs": form_values,
-        "outputs": [train.data_line, train.plan, train.message, draft],
+        "outputs": [train.data_line, train.plan, train.message],
     }
     page.load(
         partial(opened, services, names),
@@ -81,6 +81,8 @@ def wire(
     train.preset.input(partial(train_tab.choose_preset, names), [train.preset], [train.preset, *fields], **QUIET)
     changes = [data.chosen.change, train.preset.input, *[f.change for f in fields]]
     gr.on(changes, **plan, trigger_mode="always_last", **QUIET)
+    # By one writer, in order: the plan is also made after every look at the data, and an old one may end last.
+    gr.on(changes, partial(train_tab.draft, names), form_values, [draft], trigger_mode="always_last", queue=False, **QUIET)
     wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 

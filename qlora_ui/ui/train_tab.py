@@ -100,21 +100,28 @@ def start(services: Services, names: list[str], preset: str, data: str, *values:
     return ["", *form.marked(names, None)]
 
 
-def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str, str, Any]:
-    """What is chosen and what Start will do, or what is still wrong with it; what Start said before is over; and the draft."""
+def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str, str]:
+    """What is chosen and what Start will do, or what is still wrong with it; what Start said before is over."""
     if not data:
-        return markup.note("No data set is chosen. Choose one on the Data tab."), "", "", gr.skip()
+        return markup.note("No data set is chosen. Choose one on the Data tab."), "", ""
     chosen = f"Data: {sources.shown(data)}"
     try:
         config = form.read(preset, data, names, values)
         seen = services.inspector.known(config)
-        draft = {"preset": preset, "values": config.values()}
         if seen is None or seen.data is None:
-            return markup.note(chosen), "", "", draft
+            return markup.note(chosen), "", ""
         chosen += f", {len(seen.data.conversations):,} rows"
-        return markup.note(chosen), markup.note(plan_words(config, seen.data, seen.preview)), "", draft
+        return markup.note(chosen), markup.note(plan_words(config, seen.data, seen.preview)), ""
     except UserError as error:
-        return markup.note(chosen), markup.error(str(error)), "", gr.skip()
+        return markup.note(chosen), markup.error(str(error)), ""
+
+
+def draft(names: list[str], preset: str, data: str, *values: Any) -> Any:
+    """What is set, for the person's browser to keep. What is half typed leaves the last draft that was whole."""
+    try:
+        return {"preset": preset, "values": form.read(preset, data, names, values).values()}
+    except UserError:
+        return gr.skip()
 
 
 def plan_words(config: RunConfig, rows: checks.DataSet, preview: Preview | None) -> str:
