@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qlora_ui import presets
 from qlora_ui.config import RunConfig
@@ -21,10 +21,10 @@ from qlora_ui.data.checks import NothingKept, Report
 from qlora_ui.data.formats import FORMATS, Message
 from qlora_ui.data.lengths import LengthReport, lengths_of_nothing
 from qlora_ui.errors import UserError
-from qlora_ui.events import Event, Failed, encode
+from qlora_ui.events import Event, encode
 from qlora_ui.inspection import Inspector, Look
-from qlora_ui.jobs import Jobs
-from qlora_ui.progress import Progress, log_line
+from qlora_ui.jobs import Jobs, OnStart
+from qlora_ui.progress import fold, log_line
 from qlora_ui.runs import Run, Workspace
 
 
@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--json", action="store_true", help="print the run's events, one JSON object a line")
     train.set_defaults(command=train_command)
 
+    resume = commands.add_parser("resume", help="go on with a run from its newest complete checkpoint")
+    resume.add_argument("--run", required=True, help="the run's id, or 'last'")
+    resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="go on with another setting; may be repeated")
+    resume.add_argument("--json", action="store_true", help="print the run's events from here on, one JSON object a line")
+    resume.set_defaults(command=resume_command)
+
     check = commands.add_parser("check-data", help="say what training would make of a data set")
     check.add_argument("data", metavar="FILE_OR_ID", help="a file, a folder of files, bundled:NAME or a Hugging Face id")
     check.add_argument("--format", default="auto", help=f"how rows are written: auto (the default), {', '.join(FORMATS)}")
@@ -81,9 +87,12 @@ def parser() -> argparse.ArgumentParser:
 def read_config(arguments: argparse.Namespace) -> RunConfig:
     """Preset, then --data, then each --set, the later winning."""
     values = {"data": arguments.data} if arguments.data is not None else {}
-    for assignment in arguments.set:
-        values.update([assigned("--set", assignment)])
-    return presets.load(arguments.preset).config.with_values(values)
+    return presets.load(arguments.preset).config.with_values({**values, **settings(arguments)})
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """What --set says, the later winning."""
+    return dict(assigned("--set", assignment) for assignment in arguments.set)
 
 
 def assigned(flag: str, assignment: str) -> tuple[str, str]:
@@ -165,41 +174,65 @@ def data_words(report: Report, lengths: LengthReport) -> str:
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Train in the foreground. Ctrl-C stops and keeps what there is."""
     config = read_config(arguments)
+    return in_the_foreground(lambda on_start: Jobs(workspace).run_here(config, on_start), arguments.json)
+
+
+def resume_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
+    """Go on in the foreground, as `train` does."""
+    run = newest(workspace) if arguments.run == "last" else workspace.get(arguments.run)
+    return in_the_foreground(lambda on_start: Jobs(workspace).resume_here(run, settings(arguments), on_start), arguments.json)
+
+
+def newest(workspace: Workspace) -> Run:
+    """The run that was started last."""
+    run = workspace.newest()
+    if run is None:
+        raise UserError(f"There is no run in {workspace.runs} yet. Train one: python -m qlora_ui train", field="run")
+    return run
+
+
+def in_the_foreground(work: Callable[[OnStart], Run], as_json: bool) -> int:
+    """Do a training whose events are printed as they come; the exit code says how it ended."""
     printers: list[threading.Thread] = []
     ended = threading.Event()
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_start(run: Run) -> None:
+    def on_start(run: Run, offset: int) -> None:
         for number in before:
-            signal.signal(number, lambda *_: run.request_stop())
-        if not arguments.json:
+            signal.signal(number, lambda *_: run.ask("stop"))
+        if not as_json:
             print(f"Run {run.id}  (Ctrl-C stops it and keeps the adapter)", flush=True)
-        printers.append(threading.Thread(target=follow, args=(run, arguments.json, ended)))
+        printers.append(threading.Thread(target=follow, args=(run, as_json, ended, offset)))
         printers[0].start()
 
     try:
-        run = Jobs(workspace).run_here(config, on_start)
+        run = work(on_start)
     finally:
         ended.set()
         for printer in printers:
             printer.join()
         for number, handler in before.items():
             signal.signal(number, handler)
-    failure = next((event for event in run.read()[0] if isinstance(event, Failed)), None)
-    if failure is None:
-        if not arguments.json and run.adapter.is_dir():
+    if not run.folder.is_dir():
+        return 0  # discarded
+    how = fold(run.name, run.read()[0])
+    if how.failure is None:
+        if not as_json and run.adapter.is_dir():
             print(f"Adapter: {run.adapter}")
+        if not as_json and how.resumable:
+            print(f"Go on with: python -m qlora_ui resume --run {run.id}")
         return 0
-    print(failure.traceback + failure.message if failure.traceback else failure.message, file=sys.stderr)
-    return 1 if failure.traceback else 2
+    print(how.failure.traceback + how.end_sentence(), file=sys.stderr)
+    return 1 if how.failure.traceback else 2
 
 
-def follow(run: Run, as_json: bool, ended: threading.Event) -> None:
-    """Print a run's events as they are written, until it has ended and all are printed."""
-    offset = 0
+def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None:
+    """Print a run's events after `offset` bytes as they are written, until it has ended and all are printed."""
     while True:
         last_look = ended.wait(0.2)
+        if not run.folder.is_dir():
+            return  # discarded
         events, offset = run.read(offset)
         for event in events:
             line = encode(event) if as_json else describe(event)
@@ -243,8 +276,6 @@ def runs_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """One line a run: id and how it stands."""
     workspace.settle()
     for run in workspace.all():
-        progress = Progress(run.name)
-        for event in run.read()[0]:
-            progress.add(event)
-        print(f"{run.id}  {progress.status_line().removeprefix(run.name + ' · ')}")
+        stands = fold(run.name, run.read()[0])
+        print(f"{run.id}  {stands.status_line().removeprefix(run.name + ' · ')}")
     return 0

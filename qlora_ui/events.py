@@ -9,7 +9,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-State = Literal["running", "finished", "stopped", "failed", "interrupted"]
+State = Literal["running", "paused", "finished", "stopped", "failed", "interrupted"]
+Wish = Literal["pause", "stop", "discard"]
 PhaseName = Literal["reading", "fetching", "loading", "quantizing", "tokenizing", "training", "saving"]
 
 
@@ -125,10 +126,40 @@ class AdapterSaved(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StopRequested(Event):
-    """The owner asked the run to stop and keep what it has."""
+class Asked(Event):
+    """The owner asked the run to pause, to stop and keep what it has, or to be discarded."""
 
-    kind: ClassVar[str] = "stop_requested"
+    kind: ClassVar[str] = "asked"
+    wish: Wish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(Event):
+    """The run rests after `step` of `total_steps` (0 = not known yet) and can go on.
+
+    `reason` says why, where the owner did not ask for it; `traceback` is ours, where it was our bug.
+    """
+
+    kind: ClassVar[str] = "paused"
+    state: ClassVar[State | None] = "paused"
+    step: int
+    total_steps: int
+    reason: str = ""
+    traceback: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """The run goes on after `step`, that of `checkpoint` (empty: from its beginning). What came after that step is void.
+
+    `changes` are settings that are others from here on: name -> [before, after].
+    """
+
+    kind: ClassVar[str] = "resumed"
+    state: ClassVar[State | None] = "running"
+    step: int
+    checkpoint: str = ""
+    changes: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +185,7 @@ class Stopped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """The run ended in an error. `traceback` is empty when the person can mend it, ours otherwise."""
+    """The run ended in an error before its first step. `traceback` is empty when the person can mend it, ours otherwise."""
 
     kind: ClassVar[str] = "failed"
     state: ClassVar[State | None] = "failed"
@@ -183,7 +214,9 @@ KINDS: dict[str, type[Event]] = {
         Sample,
         CheckpointSaved,
         AdapterSaved,
-        StopRequested,
+        Asked,
+        Paused,
+        Resumed,
         Finished,
         Stopped,
         Failed,

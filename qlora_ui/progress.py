@@ -8,10 +8,12 @@ from __future__ import annotations
 import textwrap
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qlora_ui.events import (
     AdapterSaved,
+    Asked,
     CheckpointSaved,
     Event,
     Failed,
@@ -19,14 +21,16 @@ from qlora_ui.events import (
     HeldOut,
     Interrupted,
     Log,
+    Paused,
     Phase,
     PhaseProgress,
     Planned,
+    Resumed,
     Sample,
     State,
     Step,
     Stopped,
-    StopRequested,
+    Wish,
 )
 
 PHASE_WORDS = {
@@ -38,6 +42,9 @@ PHASE_WORDS = {
     "training": "training",
     "saving": "saving",
 }
+WISH_WORDS: dict[Wish, str] = {"pause": "pausing", "stop": "stopping", "discard": "discarding"}
+ASKED_WORDS: dict[Wish, str] = {"pause": "A pause", "stop": "Stop", "discard": "Discarding the run"}
+RESUMABLE: tuple[State, ...] = ("paused", "interrupted", "failed")
 
 
 class Curve:
@@ -61,12 +68,18 @@ class Curve:
             self.points = [(later, (a + b) / 2) for (_, a), (later, b) in pairs]
             self.stride *= 2
 
+    def rewind(self, step: int) -> None:
+        """Forget all after a step."""
+        self.points = [point for point in self.points if point[0] <= step]
+        self._bucket = []
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurveDelta:
-    """What a plot that has seen `count` points of stride `stride` lacks; it starts over when `restart` is true."""
+    """What a plot lacks that has seen `count` points of stride `stride` since `rewinds`; it starts over when `restart` is true."""
 
     restart: bool
+    rewinds: int
     stride: int
     count: int
     train: list[tuple[int, float]]
@@ -88,19 +101,31 @@ class Progress:
         self.held_out_loss: float | None = None
         self.best: HeldOut | None = None
         self.best_checkpoint: CheckpointSaved | None = None
-        self.skipped_steps = 0
+        self.skipped: list[int] = []
         self.train = Curve()
         self.held_out: list[tuple[int, float]] = []
+        self.rewinds = 0
         self.log: deque[str] = deque(maxlen=60)
-        self.stopping = False
+        self.asked: Wish | None = None
         self.adapter_saved = False
-        self.failure: Failed | None = None
+        self.failure: Failed | Paused | None = None
         self.end: Event | None = None
         self._step_times: deque[float] = deque(maxlen=20)
+        self._resumed_at = 0
 
     @property
     def step(self) -> int:
-        return self.last.step if self.last else 0
+        return self.last.step if self.last else self._resumed_at
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose loss or gradients were not finite, so that they did not reach the weights."""
+        return len(self.skipped)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the run can go on without a change: it neither came to its end nor was ended by its owner."""
+        return self.state in RESUMABLE
 
     @property
     def total_steps(self) -> int:
@@ -134,11 +159,13 @@ class Progress:
         elif isinstance(event, Step):
             self.last = event
             self._step_times.append(event.time)
-            self.skipped_steps += event.skipped
+            if event.skipped:
+                self.skipped.append(event.step)
             if event.loss is not None:
                 self.loss = event.loss
                 self.train.add(event.step, event.loss)
         elif isinstance(event, HeldOut):
+            self.held_out = [point for point in self.held_out if point[0] < event.step]  # a resumed run measures again
             self.held_out.append((event.step, event.loss))
             self.held_out_loss = event.loss
             self.best = event if self.best is None or event.loss < self.best.loss else self.best
@@ -147,17 +174,34 @@ class Progress:
             self._step_times.clear()
         elif isinstance(event, CheckpointSaved):
             self.best_checkpoint = event if event.best else self.best_checkpoint
-        elif isinstance(event, StopRequested):
-            self.stopping = True
+        elif isinstance(event, Asked):
+            self.asked = event.wish if self.state == "running" else None
+        elif isinstance(event, Resumed):
+            self._rewind(event.step)
         elif isinstance(event, AdapterSaved):
             self.adapter_saved = True
-        elif isinstance(event, Failed):
+        elif isinstance(event, Failed) or (isinstance(event, Paused) and event.reason):
             self.failure = event
         if event.state not in (None, "running"):
-            self.end, self.stopping = event, False
+            self.end, self.asked = event, None
         line = log_line(event)
         if line:
             self.log.append(f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {line}")
+
+    def _rewind(self, step: int) -> None:
+        """What came after the step is void."""
+        self.rewinds += 1
+        self._resumed_at = step
+        self.last = self.failure = self.end = self.asked = None
+        self.train.rewind(step)
+        self.held_out = [point for point in self.held_out if point[0] <= step]
+        self.skipped = [skipped for skipped in self.skipped if skipped <= step]
+        self.loss = self.train.points[-1][1] if self.train.points else None
+        self.held_out_loss = self.held_out[-1][1] if self.held_out else None
+        self.best = min((HeldOut(step=at, loss=loss) for at, loss in self.held_out), key=lambda seen: seen.loss, default=None)
+        if self.best_checkpoint and self.best_checkpoint.step > step:
+            self.best_checkpoint = None
+        self._step_times.clear()
 
     def status_line(self) -> str:
         """One line: name, what it is doing or how it ended, loss, time left."""
@@ -168,10 +212,10 @@ class Progress:
                 doing += f" {self.step}/{self.total_steps}"
             elif self.phase_progress:
                 doing += f" {amount(self.phase_progress)}"
-            parts.append("stopping" if self.stopping else doing)
+            parts.append(WISH_WORDS[self.asked] if self.asked else doing)
             if self.loss is not None:
                 parts.append(f"loss {self.loss:.2f}")
-            if self.eta_seconds is not None and not self.stopping:
+            if self.eta_seconds is not None and not self.asked:
                 parts.append(f"{duration(self.eta_seconds)} left")
         else:
             parts.append(self.end_sentence())
@@ -188,23 +232,36 @@ class Progress:
             if end.adapter_saved:
                 return f"Stopped at step {end.step} of {end.total_steps}, adapter saved"
             return "Stopped before the first step, so there is no adapter"
+        if isinstance(end, Paused):
+            where = f"Paused at step {end.step} of {end.total_steps}" if end.total_steps else "Paused before the first step"
+            return f"{where}: {end.reason}" if end.reason else where
         if isinstance(end, Interrupted):
             return f"Interrupted at step {end.step}"
         if isinstance(end, Failed):
             return end.message
         return ""
 
-    def curves_since(self, stride: int, count: int, held_out_count: int) -> CurveDelta:
-        """The points that a plot lacks which has `count` training points of `stride` and `held_out_count` others."""
-        restart = stride != self.train.stride or count > len(self.train.points) or held_out_count > len(self.held_out)
+    def curves_since(self, rewinds: int, stride: int, count: int, held_out_count: int) -> CurveDelta:
+        """The points that a plot lacks which has `count` training points of `stride` and `held_out_count` others, after `rewinds`."""
+        older = (rewinds, stride) != (self.rewinds, self.train.stride)
+        restart = older or count > len(self.train.points) or held_out_count > len(self.held_out)
         return CurveDelta(
             restart=restart,
+            rewinds=self.rewinds,
             stride=self.train.stride,
             count=len(self.train.points),
             train=self.train.points[0 if restart else count :],
             held_out=self.held_out[0 if restart else held_out_count :],
             total_steps=self.total_steps,
         )
+
+
+def fold(name: str, events: Iterable[Event]) -> Progress:
+    """How a run of that name stands after these events."""
+    progress = Progress(name)
+    for event in events:
+        progress.add(event)
+    return progress
 
 
 def log_line(event: Event) -> str:
@@ -229,8 +286,11 @@ def log_line(event: Event) -> str:
         return f"step {event.step}  asked: {asked}  ·  base: {base}  ·  adapter: {adapter}"
     if isinstance(event, CheckpointSaved):
         return f"step {event.step}  checkpoint saved{', the best so far' if event.best else ''}"
-    if isinstance(event, StopRequested):
-        return "Stop was asked for"
+    if isinstance(event, Asked):
+        return f"{ASKED_WORDS[event.wish]} was asked for"
+    if isinstance(event, Resumed):
+        changed = "".join(f"; {name} {before} → {after}" for name, (before, after) in event.changes.items())
+        return (f"Goes on from step {event.step}" if event.checkpoint else "Begins again") + changed
     if event.state not in (None, "running"):
         end = Progress("")
         end.end = event

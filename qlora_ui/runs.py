@@ -18,10 +18,13 @@ from filelock import FileLock, Timeout
 
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
-from qlora_ui.events import AdapterSaved, CheckpointSaved, Event, Interrupted, State, Step, StopRequested, decode, encode
+from qlora_ui.events import AdapterSaved, Asked, CheckpointSaved, Event, Interrupted, Resumed, State, Step, Wish, decode, encode
 
 ENV = "QLORA_UI_HOME"
 DEFAULT_HOME = Path(__file__).resolve().parent.parent / "workspace"
+WISHES: tuple[Wish, ...] = ("discard", "stop", "pause")  # of several, the first is done
+DISCARDED = ".discarded-"
+TAIL_BYTES = 65536
 RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,51}")  # a name of up to 48, and -2 to -99 for the same second
 
 
@@ -112,6 +115,8 @@ class Workspace:
 
     def settle(self) -> list[Run]:
         """Close the books of runs whose process is gone: a run without an end whose lock is free was interrupted."""
+        for left in self.runs.glob(DISCARDED + "*"):  # a kill while it was being deleted
+            shutil.rmtree(left, ignore_errors=True)
         settled = []
         for run in self.all():
             if run.state() != "running":
@@ -174,16 +179,32 @@ class Run:
         """Held while the process that trains lives; the system frees it when that process dies."""
         return FileLock(self.folder / "run.lock", thread_local=False)
 
-    def request_stop(self) -> None:
-        """Ask whoever trains it, in whichever process, to stop and keep what there is. Twice, or after the end, is no change."""
+    def ask(self, wish: Wish) -> None:
+        """Ask whoever trains it, in whichever process. Twice, or after the end, is no change."""
         if self.state() != "running":
             return
         with contextlib.suppress(FileExistsError):  # of two who ask at once, one is first
-            (self.folder / "stop").touch(exist_ok=False)
-            self.append(StopRequested())
+            (self.folder / wish).touch(exist_ok=False)
+            self.append(Asked(wish=wish))
 
-    def stop_requested(self) -> bool:
-        return (self.folder / "stop").exists()
+    def wish(self) -> Wish | None:
+        """What the owner asked for; of several wishes the one that ends more."""
+        return next((wish for wish in WISHES if (self.folder / wish).exists()), None)
+
+    def is_asked(self) -> bool:
+        """Whether the training is to end at its next safe point, for whichever wish."""
+        return self.wish() is not None
+
+    def forget_wishes(self) -> None:
+        """A run that goes on is not asked for anything yet."""
+        for wish in WISHES:
+            (self.folder / wish).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Delete the run and all that it made. It is gone at once, in one rename; nobody may be training it any more."""
+        gone = self.folder.with_name(DISCARDED + self.id)
+        self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def append(self, event: Event) -> None:
         """Write one event. It is on its way to disk, whole, when this returns: a kill of the process cannot lose it."""
@@ -216,12 +237,18 @@ class Run:
 
     def state(self) -> State:
         """What the run is in. An end is the last thing a run says, so that the tail of the events tells."""
-        tail, _ = self.read(max(0, self.size() - 65536))
-        return next((event.state for event in reversed(tail) if event.state is not None), "running")
+        return next((event.state for event in reversed(self._tail()) if event.state is not None), "running")
 
     def last_step(self) -> int:
-        """Number of optimizer steps done."""
-        return max((event.step for event in self.read()[0] if isinstance(event, Step)), default=0)
+        """Number of optimizer steps done, and not undone by going on from an earlier checkpoint."""
+        for events in (self._tail(), self.read()[0]):
+            for event in reversed(events):
+                if isinstance(event, (Step, Resumed)):
+                    return event.step
+        return 0
+
+    def _tail(self) -> list[Event]:
+        return self.read(max(0, self.size() - TAIL_BYTES))[0]
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints that were reported complete and are still there, oldest first."""

@@ -117,7 +117,7 @@ def test_a_run_that_fails_by_the_persons_mistake_exits_2(workspace: Workspace, r
 def test_a_bug_of_ours_exits_1_with_its_traceback(
     workspace: Workspace, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
+    def train(run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool], checkpoint: Path | None = None) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(engine, "train", train)
@@ -132,7 +132,7 @@ def test_a_bug_of_ours_exits_1_with_its_traceback(
 def test_ctrl_c_stops_the_training_and_exits_0(
     workspace: Workspace, rows: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
+    def train(run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool], checkpoint: Path | None = None) -> None:
         emit(Phase(name="training"))
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)

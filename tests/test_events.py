@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qlora_ui.events import KINDS, Event, Log, Step, decode, encode, finite
 
 floats = st.floats(allow_nan=False, allow_infinity=False)
-BY_TYPE = {float: floats, float | None: st.none() | floats}
+changes = st.dictionaries(st.text(), st.lists(st.integers() | floats | st.text() | st.booleans(), min_size=2, max_size=2), max_size=3)
+BY_TYPE = {float: floats, float | None: st.none() | floats, dict[str, list[Any]]: changes}
 
 
 def events_of(kind: type[Event]) -> st.SearchStrategy[Event]:

@@ -231,7 +231,7 @@ def test_stop_does_not_wait_for_a_hub_that_hangs(workspace: Workspace, hub: Hub,
     training.start()
     assert hub.hanging.wait(20)
     begun = time.monotonic()
-    run.request_stop()
+    run.ask("stop")
     training.join(20)
     assert time.monotonic() - begun < 2
     assert [event.name for event in tiny.events_of(run, Phase)] == ["reading", "fetching"]

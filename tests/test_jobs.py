@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
-from qlora_ui.events import Event, Failed, Finished, Interrupted, Phase, Step, Stopped, StopRequested
+from qlora_ui.events import Asked, Event, Failed, Finished, Interrupted, Paused, Phase, Step, Stopped
 from qlora_ui.jobs import Jobs, execute, run_name
 from qlora_ui.runs import Run, Workspace
 from qlora_ui.stopping import Cancelled
@@ -33,7 +33,7 @@ class Gated:
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
 
-    def __call__(self, run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
+    def __call__(self, run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool], checkpoint: Path | None = None) -> None:
         emit(Phase(name="training"))
         self.begun.set()
         while not self.go.wait(0.01):
@@ -162,7 +162,7 @@ def test_starting_settles_runs_that_were_killed(workspace: Workspace, rows: Path
 
 def test_the_device_is_given_back_before_the_training_and_in_its_books_if_that_fails(workspace: Workspace, rows: Path) -> None:
     order: list[str] = []
-    jobs = Jobs(workspace, lambda run, emit, stop: order.append("train"), lambda: order.append("room"))
+    jobs = Jobs(workspace, lambda run, emit, stop, checkpoint: order.append("train"), lambda: order.append("room"))
     jobs.run_here(tiny.tiny_config(rows))
     assert order == ["room", "train"]
 
@@ -184,7 +184,7 @@ def test_stop_does_not_wait_for_the_device_to_be_given_back(workspace: Workspace
     jobs = Jobs(workspace, Gated(), make_room)
     run = jobs.start(tiny.tiny_config(rows))
     assert asked.wait(SECONDS)
-    run.request_stop()
+    run.ask("stop")
     ended(jobs)
     assert not let_go.is_set()
     assert run.state() == "stopped"
@@ -194,11 +194,12 @@ def test_stop_does_not_wait_for_the_device_to_be_given_back(workspace: Workspace
 # How it ends --------------------------------------------------------------------------------------------------------------
 
 
-def after(workspace: Workspace, error: BaseException) -> Run:
+def after(workspace: Workspace, error: BaseException, steps: int = 0) -> Run:
     run = tiny.tiny_run(workspace, "rows.json")
 
-    def train(run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
-        emit(Step(step=3, loss=1, learning_rate=0, grad_norm=1, tokens_per_second=1, memory_gib=1, epoch=1))
+    def train(run: Run, emit: Callable[[Event], None], should_stop: Callable[[], bool], checkpoint: Path | None = None) -> None:
+        for step in range(1, steps + 1):
+            emit(Step(step=step, loss=1, learning_rate=0, grad_norm=1, tokens_per_second=1, memory_gib=1, epoch=1))
         raise error
 
     execute(run, train)
@@ -218,12 +219,22 @@ def test_a_mistake_of_the_person_fails_the_run_in_its_words_without_a_traceback(
 def test_a_bug_of_ours_fails_the_run_with_its_step_and_traceback(workspace: Workspace, error: BaseException) -> None:
     run = after(workspace, error)
     (failed,) = tiny.events_of(run, Failed)
-    assert failed.message.startswith("Training broke off at step 3: ")
+    assert failed.message.startswith("Training broke off at step 0: ")
     assert "\n" not in failed.message
     assert (str(error).splitlines() or [type(error).__name__])[0] in failed.message
     assert failed.traceback.startswith("Traceback")
     assert type(error).__name__ in failed.traceback
     assert run.state() == "failed"
+
+
+@pytest.mark.parametrize("error", [UserError("The learning rate is too high. Lower it."), ZeroDivisionError("by zero\nand more")])
+def test_after_a_step_every_end_that_nobody_asked_for_is_a_pause_with_its_reason(workspace: Workspace, error: Exception) -> None:
+    run = after(workspace, error, steps=3)
+    (paused,) = tiny.events_of(run, Paused)
+    assert paused.step == 3
+    assert str(error).splitlines()[0] in paused.reason
+    assert paused.traceback.startswith("Traceback") == isinstance(error, ZeroDivisionError)
+    assert run.state() == "paused"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("\0" * 100_000), UserError("é" * 100_000), RuntimeError("short\n" + "x" * 10**6)])
@@ -244,10 +255,10 @@ def test_stop_reaches_a_training_in_the_thread(workspace: Workspace, rows: Path)
     jobs = Jobs(workspace, train)
     run = jobs.start(tiny.tiny_config(rows))
     assert train.begun.wait(SECONDS)
-    run.request_stop()
+    run.ask("stop")
     ended(jobs)
     assert run.state() == "stopped"
-    assert len(tiny.events_of(run, StopRequested)) == 1
+    assert len(tiny.events_of(run, Asked)) == 1
 
 
 def test_a_real_training_in_the_thread_ends_with_its_adapter(tiny_workspace: Workspace, rows: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qlora_ui import jobs
 from qlora_ui.engine.train import StepTrainer, train
 from qlora_ui.engine.watch import MOST_SKIPPED_IN_A_ROW
-from qlora_ui.events import Event, Failed, Finished, HeldOut, Step
+from qlora_ui.events import Event, Finished, HeldOut, Paused, Step
 from qlora_ui.progress import log_line
 from qlora_ui.runs import Run, Workspace
 
@@ -133,11 +133,11 @@ def test_a_run_goes_on_after_fewer_skipped_steps_than_are_too_many(place: tuple[
 def test_a_run_whose_steps_stay_that_way_ends_with_advice(place: tuple[Workspace, Path], breaks: Callable[[Break], None]) -> None:
     breaks(lambda done, loss: loss if done < 2 else loss * float("nan"))
     run = trained(place, max_steps=50)
-    (end,) = tiny.events_of(run, Failed)
+    (end,) = tiny.events_of(run, Paused)
     last = 2 + MOST_SKIPPED_IN_A_ROW
     assert end.traceback == ""
-    assert f"In {MOST_SKIPPED_IN_A_ROW} steps in a row (3 to {last}) the loss or its gradients were not finite" in end.message
-    assert "Lower learning_rate (it is 0.01)" in end.message
+    assert f"In {MOST_SKIPPED_IN_A_ROW} steps in a row (3 to {last}) the loss or its gradients were not finite" in end.reason
+    assert "Lower learning_rate (it is 0.01)" in end.reason
     assert [event.step for event in tiny.events_of(run, Step)] == list(range(1, last + 1))
     assert same(weights(run, 2), weights(run, last - 1))
 

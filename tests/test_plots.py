@@ -43,8 +43,8 @@ class Runs:
             if step % 10 == 0:
                 run.add(HeldOut(step=step, loss=1.1 + math.exp(-step / 25)))
 
-    def curves(self, run_id: str, stride: int, count: int, held_out_count: int) -> dict[str, Any]:
-        found = asdict(self.runs.get(run_id, Progress("")).curves_since(stride, count, held_out_count))
+    def curves(self, run_id: str, rewinds: int, stride: int, count: int, held_out_count: int) -> dict[str, Any]:
+        found = asdict(self.runs.get(run_id, Progress("")).curves_since(rewinds, stride, count, held_out_count))
         self.calls.append((run_id, stride, count, held_out_count, len(found["train"])))
         return self.answer(found)
 
@@ -54,7 +54,7 @@ def test_server_function_is_named_and_unpacks_what_the_page_sends() -> None:
     runs.grow("a", 25)
     with gr.Blocks(analytics_enabled=False):
         plot = loss_plot(runs.curves)
-    found = plot.loss_points(["a", 1, 20, 2])
+    found = plot.loss_points(["a", 0, 1, 20, 2])
     assert [step for step, _ in found["train"]] == [21, 22, 23, 24, 25]
     assert found["held_out"] == []
     assert not found["restart"]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qlora_ui.events import (
     KINDS,
     AdapterSaved,
+    Asked,
     CheckpointSaved,
     Event,
     Failed,
@@ -16,13 +17,14 @@ from qlora_ui.events import (
     HeldOut,
     Interrupted,
     Log,
+    Paused,
     Phase,
     PhaseProgress,
     Planned,
+    Resumed,
     Sample,
     Step,
     Stopped,
-    StopRequested,
 )
 from qlora_ui.progress import PHASE_WORDS, Curve, Progress, amount, duration, log_line
 
@@ -75,7 +77,7 @@ TRAINING = (Phase(name="training"), planned(10))
         ([*TRAINING, step(1, time=1.0)], "name · training 1/10 · loss 1.23"),
         ([*TRAINING, step(1, time=1.0), step(2, time=3.0)], "name · training 2/10 · loss 1.23 · 16 s left"),
         ([*TRAINING, step(1), step(2, None)], "name · training 2/10 · loss 1.23 · 0 s left"),
-        ([*TRAINING, step(1), step(2, time=2.0), StopRequested()], "name · stopping · loss 1.23"),
+        ([*TRAINING, step(1), step(2, time=2.0), Asked(wish="stop")], "name · stopping · loss 1.23"),
         ([*TRAINING, step(10), Phase(name="saving")], "name · saving · loss 1.23"),
         (
             [*TRAINING, step(10), HeldOut(step=10, loss=0.9876), Finished(step=10)],
@@ -83,11 +85,11 @@ TRAINING = (Phase(name="training"), planned(10))
         ),
         ([*TRAINING, step(10), Finished(step=10)], "name · Finished: 10 steps, adapter saved"),
         (
-            [*TRAINING, step(3), StopRequested(), Stopped(step=3, total_steps=10, adapter_saved=True)],
+            [*TRAINING, step(3), Asked(wish="stop"), Stopped(step=3, total_steps=10, adapter_saved=True)],
             "name · Stopped at step 3 of 10, adapter saved",
         ),
         (
-            [Phase(name="loading"), StopRequested(), Stopped(step=0, total_steps=0, adapter_saved=False)],
+            [Phase(name="loading"), Asked(wish="stop"), Stopped(step=0, total_steps=0, adapter_saved=False)],
             "name · Stopped before the first step, so there is no adapter",
         ),
         ([*TRAINING, step(3), Interrupted(step=3)], "name · Interrupted at step 3"),
@@ -155,7 +157,7 @@ def test_losses_are_kept_apart_and_the_best_held_out_one_is_known() -> None:
 
 
 def test_a_run_that_goes_on_after_its_end_is_running_again() -> None:
-    progress = after(*TRAINING, step(3), StopRequested(), Interrupted(step=3), Phase(name="loading"))
+    progress = after(*TRAINING, step(3), Asked(wish="stop"), Interrupted(step=3), Phase(name="loading"))
     assert progress.state == "running"
     assert progress.status_line() == "name · loading · loss 1.23"
     assert progress.end_sentence() == ""
@@ -197,13 +199,13 @@ def test_what_a_plot_lacks_adds_up_to_the_whole(history: list[tuple[bool, float]
     stride, train, held_out = 1, [], []  # what the plot has
     for at in range(len(history) + 1):
         if at in looks or at == len(history):
-            delta = progress.curves_since(stride, len(train), len(held_out))
+            delta = progress.curves_since(0, stride, len(train), len(held_out))
             if delta.restart:
                 train, held_out = [], []
             train, held_out, stride = train + delta.train, held_out + delta.held_out, delta.stride
             assert (train, held_out) == (progress.train.points, progress.held_out)
             assert (delta.count, delta.total_steps) == (len(train), 10)
-            again = progress.curves_since(stride, len(train), len(held_out))
+            again = progress.curves_since(0, stride, len(train), len(held_out))
             assert (again.restart, again.train, again.held_out) == (False, [], [])
         if at < len(history):
             is_step, loss = history[at]
@@ -212,7 +214,7 @@ def test_what_a_plot_lacks_adds_up_to_the_whole(history: list[tuple[bool, float]
 
 def test_a_plot_that_shows_another_run_starts_over() -> None:
     progress = after(*TRAINING, step(1), HeldOut(step=1, loss=2))
-    for seen in [(1, 500, 0), (1, 0, 7), (4, 1, 1)]:
+    for seen in [(0, 1, 500, 0), (0, 1, 0, 7), (0, 4, 1, 1), (1, 1, 1, 1)]:
         delta = progress.curves_since(*seen)
         assert delta.restart
         assert (delta.train, delta.held_out) == (progress.train.points, progress.held_out)
@@ -243,7 +245,13 @@ def test_a_plot_that_shows_another_run_starts_over() -> None:
         (Finished(step=3, reason="ended before step 9"), "Finished: 3 steps, adapter saved; ended before step 9"),
         (CheckpointSaved(step=3, name="checkpoint-3"), "step 3  checkpoint saved"),
         (AdapterSaved(step=3), ""),
-        (StopRequested(), "Stop was asked for"),
+        (Asked(wish="stop"), "Stop was asked for"),
+        (Asked(wish="pause"), "A pause was asked for"),
+        (Paused(step=4, total_steps=10), "Paused at step 4 of 10"),
+        (Paused(step=0, total_steps=0), "Paused before the first step"),
+        (Paused(step=4, total_steps=10, reason="The disk is full."), "Paused at step 4 of 10: The disk is full."),
+        (Resumed(step=0), "Begins again"),
+        (Resumed(step=4, checkpoint="checkpoint-4", changes={"max_steps": [10, 20]}), "Goes on from step 4; max_steps 10 → 20"),
         (Finished(step=3), "Finished: 3 steps, adapter saved"),
         (Failed(message="why", traceback="Traceback"), "why"),
         (Interrupted(step=3), "Interrupted at step 3"),

@@ -22,6 +22,7 @@ ROOMS = (
     "presets",
     "events",
     "runs",
+    "checkpoints",
     "progress",
     "memory",
     "data",

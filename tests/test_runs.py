@@ -21,6 +21,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.events import (
     AdapterSaved,
+    Asked,
     CheckpointSaved,
     Event,
     Failed,
@@ -31,7 +32,6 @@ from qlora_ui.events import (
     Phase,
     Step,
     Stopped,
-    StopRequested,
     encode,
 )
 from qlora_ui.runs import ENV, Run, Workspace
@@ -333,11 +333,11 @@ def test_a_workspace_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None
 
 
 def test_asking_twice_to_stop_is_asking_once(run: Run) -> None:
-    assert not run.stop_requested()
-    run.request_stop()
-    run.request_stop()
-    assert run.stop_requested()
-    assert len(tiny.events_of(run, StopRequested)) == 1
+    assert not run.is_asked()
+    run.ask("stop")
+    run.ask("stop")
+    assert run.is_asked()
+    assert len(tiny.events_of(run, Asked)) == 1
 
 
 def test_many_who_ask_to_stop_at_once_ask_once(run: Run) -> None:
@@ -345,22 +345,22 @@ def test_many_who_ask_to_stop_at_once_ask_once(run: Run) -> None:
 
     def ask() -> None:
         together.wait()
-        run.request_stop()
+        run.ask("stop")
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(tiny.events_of(run, StopRequested)) == 1
+    assert len(tiny.events_of(run, Asked)) == 1
 
 
 def test_asking_a_run_that_has_ended_to_stop_changes_nothing(run: Run) -> None:
     run.append(Finished(step=2))
     size = run.size()
-    run.request_stop()
+    run.ask("stop")
     assert run.size() == size
-    assert not run.stop_requested()
+    assert not run.is_asked()
 
 
 def test_checkpoints_are_those_that_were_reported_and_are_still_there(run: Run) -> None:

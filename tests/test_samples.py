@@ -148,7 +148,7 @@ def test_stop_while_an_answer_is_written_takes_effect_at_the_next_token(
     def counted(criterion: Any, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         lengths.append(input_ids.shape[1])
         if len(tiny.events_of(run, Step)) == step and len(lengths) >= 3:
-            run.request_stop()
+            run.ask("stop")
         told: torch.Tensor = asked(criterion, input_ids, scores, **kwargs)
         if told.any():
             lengths.append(-1)

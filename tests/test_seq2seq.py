@@ -175,7 +175,7 @@ def test_plain_text_is_refused_with_its_row(tokenizer: Any) -> None:
 
 
 def test_chat_asks_as_training_did(place: tuple[Workspace, Path]) -> None:
-    run = trained(place, max_steps=30, micro_batch_size=4, learning_rate=0.05, warmup_ratio=0, eval_steps=100, save_steps=100)
+    run = trained(place, max_steps=30, micro_batch_size=4, learning_rate=0.02, warmup_ratio=0, eval_steps=100, save_steps=100)
     model = ChatModel(run, silent, never)
     question = TALK[:1]
     assert tokens.prompt(model.tokenizer, question) == "<|im_start|>user\nQuestion one?<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
@@ -183,5 +183,5 @@ def test_chat_asks_as_training_did(place: tuple[Workspace, Path]) -> None:
     asked = model.tokenizer(tokens.prompt(model.tokenizer, question), add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         plain = model.model.generate(**asked, do_sample=False, max_new_tokens=12, eos_token_id=model.end_ids)[0, 1:]
-    assert answers.texts[0] == model.tokenizer.decode(plain, skip_special_tokens=True).strip()
-    assert answers.texts[0]
+    assert answers.texts[0] == model.tokenizer.decode(plain, skip_special_tokens=True)
+    assert answers.texts[0].startswith("The answer")  # learned far enough that rounding does not decide it

@@ -73,7 +73,8 @@ class Sampler(TrainerCallback):
         self.last_step = -1
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.ask(kwargs["model"], state.global_step)
+        if state.global_step % self.every == 0:  # not where a run goes on between two rounds
+            self.ask(kwargs["model"], state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qlora_ui.checkpoints import SEAL
 from qlora_ui.engine import seq2seq
 from qlora_ui.engine.batches import MICRO_BATCHES, ROWS
 from qlora_ui.engine.loss import predicting
@@ -39,6 +41,38 @@ class StepTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
         return LengthGroups(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's way, which restores the learning rate too; a run that goes on may have been told another one."""
+        if checkpoint is None:
+            return
+        told: list[dict[str, Any]] = [
+            {name: group[name] for name in ("initial_lr", "weight_decay") if name in group} for group in self.optimizer.param_groups
+        ]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, values in zip(self.optimizer.param_groups, told, strict=True):
+            group.update(values)
+        schedule: Any = self.lr_scheduler
+        schedule.base_lrs = [values["initial_lr"] for values in told]
+        for group, base, share in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the last step, outside Trainer's own times for it."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        (folder / SEAL).unlink(missing_ok=True)  # what is written over is not complete
+        super()._save_checkpoint(model, trial)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's way, without drawing from the random numbers of the training: a run may end and go on in the middle of it."""
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            measured: dict[str, float] = super().evaluate(*args, **kwargs)
+        return measured
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of each micro-batch; between two of them is a place to stop. The gradients are shared at the last.

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from qlora_ui import checkpoints
 from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
-from qlora_ui.engine import card, cpu, seq2seq, tokens
+from qlora_ui.engine import cpu, result, seq2seq, tokens
 from qlora_ui.engine.adapter import add_adapter, continue_adapter, find_adapter, load_weights
 from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, memory_gib
-from qlora_ui.engine.model import Found, describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
+from qlora_ui.engine.model import describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
 from qlora_ui.engine.samples import sampler
 from qlora_ui.engine.step_plan import plan_steps
 from qlora_ui.engine.step_trainer import StepTrainer
 from qlora_ui.engine.token_checks import padding, troubles
 from qlora_ui.engine.tokenized import FittedRows, Tokenized, cached_tokenized, fit
-from qlora_ui.engine.watch import BestCheckpoint, FiniteSteps
+from qlora_ui.engine.watch import BestCheckpoint, FiniteSteps, owes_measurement
 from qlora_ui.errors import UserError
 from qlora_ui.events import (
     CheckpointSaved,
@@ -31,6 +32,7 @@ from qlora_ui.events import (
     Finished,
     HeldOut,
     Log,
+    Paused,
     Phase,
     PhaseProgress,
     Planned,
@@ -51,7 +53,8 @@ def train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None
     """Train the run's adapter, from its beginning or on from one of its checkpoints.
 
     Going on restores adapter, optimizer, schedule, random state and place in the data, so that the steps are those of a run
-    that was never interrupted. Ends with `Finished` or `Stopped` emitted; raises UserError, or Cancelled before the first step.
+    that was never interrupted. Ends with `Finished`, `Stopped` or `Paused` emitted; raises UserError, or Cancelled when it was asked
+    to end and there is no step to keep, or it is to be discarded.
     """
     try:
         fetch_and_train(run, emit, should_stop, checkpoint)
@@ -97,6 +100,7 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
         model = continue_adapter(base, config.adapter, start, found.public_name, emit)
     else:
         model = add_adapter(base, config.adapter, config.optimization.seed, learned)
+    model.peft_config["default"].base_model_name_or_path = found.public_name  # in every checkpoint, not where it lies here
     if hardware.kind == "cpu":
         cpu.draw_dropout_faster(model)
     report_size(model, emit)
@@ -108,12 +112,34 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     for callback in sampler(config.schedule, held_out_set or train_set, tokenizer, emit, should_stop):
         trainer.add_callback(callback)
     emit(Phase(name="training"))
-    try:
+    if checkpoint and not owes_measurement(checkpoint, config.schedule.eval_steps):
+        trainer.args.eval_on_start = False
+    with contextlib.suppress(Cancelled):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        stopped = False
-    except Cancelled:
-        stopped = True
-    save(run, config, trainer, found, emit, stopped)
+    end(run, config, trainer, emit)
+
+
+def end(run: Run, config: RunConfig, trainer: StepTrainer, emit: Emit) -> None:
+    """Leave what the owner asked for, or the result of a training that came to its end, and say so."""
+    step, total, best = trainer.state.global_step, trainer.state.max_steps, trainer.state.best_global_step
+    reason = next(callback.ended_because for callback in trainer.callback_handler.callbacks if isinstance(callback, BestCheckpoint))
+    is_at_end = step >= total or bool(reason)
+    wish = run.wish()
+    if step == 0 or wish == "discard":
+        raise Cancelled
+    if wish == "pause" and not is_at_end:
+        if checkpoints.damage(run.folder / f"checkpoint-{step}"):  # it was asked while something was measured, before the saving
+            trainer.save_checkpoint()
+        emit(Paused(step=step, total_steps=total))
+        return
+    emit(Phase(name="saving"))
+    kept = step
+    if config.schedule.keep == "best" and best not in (None, step):
+        load_weights(trainer.model, run.folder / f"checkpoint-{best}")
+        emit(Log(text=f"The adapter is that of step {best}, which had the best held-out loss: {trainer.state.best_metric:.4f}"))
+        kept = best
+    result.publish(run, trainer.model, trainer.processing_class, kept)
+    emit(Finished(step=step, reason=reason) if is_at_end else Stopped(step=step, total_steps=total, adapter_saved=True))
 
 
 def read_rows(run: Run, config: RunConfig, emit: Emit, should_stop: ShouldStop) -> checks.DataSet:
@@ -194,9 +220,9 @@ def make_trainer(
     held_out_rows: FittedRows,
     emit: Emit,
     should_stop: ShouldStop,
-) -> Trainer:
+) -> StepTrainer:
     """transformers' Trainer, told what the config says, reporting through `emit`."""
-    reporter = Reporter(emit, should_stop, train_rows, held_out_rows, FiniteSteps(config.optimization.learning_rate))
+    reporter = Reporter(run, emit, should_stop, train_rows, held_out_rows, FiniteSteps(config.optimization.learning_rate))
     two_sided = tokens.is_encoder_decoder(tokenizer)
     plan = plan_steps(model, config, hardware, train_rows, emit)
     pad = seq2seq.Collator(tokenizer.pad_token_id, model.config) if two_sided else tokens.Collator(tokenizer.pad_token_id)
@@ -256,8 +282,7 @@ def training_arguments(
         eval_on_start=has_held_out,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=s.save_steps,
-        save_total_limit=s.save_total_limit,
+        save_steps=s.save_steps,  # how many are kept is the reporter's business, who knows which are complete
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -269,10 +294,13 @@ def training_arguments(
 
 
 class Reporter(TrainerCallback):
-    """Turns what Trainer does into events, and the wish to stop into Cancelled at the next safe point."""
+    """Turns what Trainer does into events, a checkpoint into a complete one, and the wish to end into an end at the next safe point."""
 
-    def __init__(self, emit: Emit, should_stop: ShouldStop, train: FittedRows, held_out: FittedRows, finite_steps: FiniteSteps) -> None:
-        self.emit, self.should_stop, self.finite_steps = emit, should_stop, finite_steps
+    def __init__(
+        self, run: Run, emit: Emit, should_stop: ShouldStop, train: FittedRows, held_out: FittedRows, finite_steps: FiniteSteps
+    ) -> None:
+        self.run, self.emit, self.should_stop, self.finite_steps = run, emit, should_stop, finite_steps
+        self.limit = run.config().schedule.save_total_limit
         self.train_rows, self.held_out_rows = train, held_out
         self.step_started = 0.0
         self.step_tokens = 0
@@ -281,11 +309,16 @@ class Reporter(TrainerCallback):
         """Tokens that go through the model now."""
         self.step_tokens += tokens
 
-    def _stop_here(self, *_: Any, **__: Any) -> None:
+    def _end_here(self, *_: Any, **__: Any) -> None:
         if self.should_stop():
             raise Cancelled
 
-    on_substep_end = on_prediction_step = _stop_here
+    def _stop_here(self, *_: Any, **__: Any) -> None:
+        if self.should_stop() and self.run.wish() != "pause":  # which waits for the end of the step
+            raise Cancelled
+
+    on_prediction_step = _end_here
+    on_substep_end = _stop_here
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.emit(
@@ -297,7 +330,7 @@ class Reporter(TrainerCallback):
                 trained_tokens=self.train_rows.trained_tokens,
             )
         )
-        self._stop_here()
+        self._end_here()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step_started, self.step_tokens = time.perf_counter(), 0
@@ -305,6 +338,9 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps and len(self.held_out_rows):
             control.should_evaluate = True  # else the result's held-out loss would be that of some step before
+        elif self.should_stop() and self.run.wish() == "pause":
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # a run that goes on begins with what it owes
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
@@ -335,32 +371,11 @@ class Reporter(TrainerCallback):
             self.emit(HeldOut(step=state.global_step, loss=loss))
         else:
             self.emit(Log(text=f"step {state.global_step}: the held-out loss is not finite", level="warning"))
-        self._stop_here()
+        self._end_here()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         best = state.best_global_step == state.global_step
-        self.emit(CheckpointSaved(step=state.global_step, name=f"checkpoint-{state.global_step}", best=best))
-
-
-def save(run: Run, config: RunConfig, trainer: Trainer, found: Found, emit: Emit, stopped: bool) -> None:
-    """Write the adapter, with its tokenizer and chat template, and say how the run ended."""
-    step, total, best = trainer.state.global_step, trainer.state.max_steps, trainer.state.best_global_step
-    if step == 0:
-        raise Cancelled
-    emit(Phase(name="saving"))
-    aside = run.folder / "adapter.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    model: Any = trainer.model
-    kept = step
-    if config.schedule.keep == "best" and best not in (None, step):
-        load_weights(model, run.folder / f"checkpoint-{best}")
-        emit(Log(text=f"The adapter is that of step {best}, which had the best held-out loss: {trainer.state.best_metric:.4f}"))
-        kept = best
-    model.peft_config["default"].base_model_name_or_path = found.public_name
-    model.save_pretrained(aside)
-    trainer.processing_class.save_pretrained(aside)
-    two_sided = tokens.is_encoder_decoder(trainer.processing_class)
-    (aside / "README.md").write_text(card.text(run.facts(), run.config(), run.read()[0], two_sided), "utf-8")
-    run.publish_adapter(aside, kept)
-    reason = next(callback.ended_because for callback in trainer.callback_handler.callbacks if isinstance(callback, BestCheckpoint))
-    emit(Stopped(step=step, total_steps=total, adapter_saved=True) if stopped else Finished(step=step, reason=reason))
+        folder = self.run.folder / f"checkpoint-{state.global_step}"
+        checkpoints.seal(folder)
+        checkpoints.thin(self.run, self.limit, f"checkpoint-{state.best_global_step}")
+        self.emit(CheckpointSaved(step=state.global_step, name=folder.name, best=best))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,9 +48,15 @@ class BestCheckpoint(TrainerCallback):
 
 
 def measured(state: TrainerState) -> list[tuple[int, float]]:
-    """Step and held-out loss of every measurement so far. It is read from the state, so that a resumed run knows it too."""
-    losses = [(int(entry["step"]), float(entry["eval_loss"])) for entry in state.log_history if "eval_loss" in entry]
-    return [(step, loss if math.isfinite(loss) else math.inf) for step, loss in losses]
+    """Step and held-out loss of every measurement so far, read from the state, so that a resumed run knows it too."""
+    losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
+    return [(step, loss if math.isfinite(loss) else math.inf) for step, loss in losses.items()]
+
+
+def owes_measurement(checkpoint: Path, eval_steps: int) -> bool:
+    """Whether a run that goes on from there ended when it was due to measure the held-out loss, before it had."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step % eval_steps == 0 and state.global_step not in dict(measured(state))
 
 
 class FiniteSteps(TrainerCallback):

@@ -172,7 +172,7 @@ def redraw(services: Services, talking_to: str | None) -> list[Any]:
         run_bar.device_chip(services.hardware()),
         markup.status(progress),
         markup.bar(progress),
-        gr.update(interactive=running and not (progress and progress.stopping)),
+        gr.update(interactive=running and not (progress and progress.asked)),
         gr.update(interactive=progress is not None and progress.adapter_saved and not running),
         markup.tiles(progress),
         {"run": run.id if run else "", "version": run.size() if run else 0},
@@ -192,13 +192,13 @@ def talk_to_newest(services: Services) -> list[Any]:
     return [gr.Tabs(selected="chat"), run_choices(services, run.id if run else None)]
 
 
-def curves(services: Services, run_id: str, stride: int, count: int, held_out_count: int) -> dict[str, Any]:
+def curves(services: Services, run_id: str, rewinds: int, stride: int, count: int, held_out_count: int) -> dict[str, Any]:
     """The points of a run's curves that a plot lacks."""
     try:
         progress = services.watch.progress(services.workspace.get(run_id))
     except UserError:
         progress = Progress("")  # no run yet: an empty plot
-    return asdict(progress.curves_since(int(stride), int(count), int(held_out_count)))
+    return asdict(progress.curves_since(int(rewinds), int(stride), int(count), int(held_out_count)))
 
 
 def scripted_start(services: Services) -> Any:
@@ -224,7 +224,7 @@ def scripted_stop(services: Services) -> Any:
     def stop_training(run: str = "") -> str:
         """Ask a run (or, without an id, the newest) to stop and keep its adapter. Returns the run's id."""
         found = find_run(services, run)
-        found.request_stop()
+        found.ask("stop")
         return found.id
 
     return stop_training

@@ -9,7 +9,7 @@ const [empty, reset, tip, details] = [".empty", ".reset", ".tip", "details"].map
 
 // What was drawn outlives the component: a later mount shows the same curve at once, zoom included.
 const startOver = (run) =>
-  (window.lossPlot = { run, stride: 0, count: 0, heldOutCount: 0, train: [], heldOut: [], smooth: [], total: 0, zoom: null });
+  (window.lossPlot = { run, rewinds: 0, stride: 0, count: 0, heldOutCount: 0, train: [], heldOut: [], smooth: [], total: 0, zoom: null });
 let plot = window.lossPlot ?? startOver("");
 let cursor = null; // the step under the crosshair
 let drag = null; // {from, to} in pixels, while the mouse marks a range
@@ -30,7 +30,7 @@ async function ask() {
     const asked = plot;
     // A failed call answers undefined (Gradio's client logs it), and so does one that hangs.
     const late = new Promise((resolve) => setTimeout(resolve, 20000));
-    const answer = await Promise.race([server.loss_points(plot.run, plot.stride, plot.count, plot.heldOutCount), late]);
+    const answer = await Promise.race([server.loss_points(plot.run, plot.rewinds, plot.stride, plot.count, plot.heldOutCount), late]);
     if (!element.isConnected) return; // a later mount owns the points now and would get these twice
     behind = !answer;
     if (behind) setTimeout(() => element.isConnected && ask(), 2000);
@@ -51,7 +51,7 @@ function take(answer) {
   if (answer.restart) Object.assign(plot, { train: [], heldOut: [], heldOutCount: 0 });
   append(plot.train, answer.train);
   append(plot.heldOut, answer.held_out);
-  Object.assign(plot, { stride: answer.stride, count: answer.count, total: answer.total_steps });
+  Object.assign(plot, { rewinds: answer.rewinds, stride: answer.stride, count: answer.count, total: answer.total_steps });
   plot.heldOutCount += answer.held_out.length;
   // An exponential moving average with bias correction. Its memory is counted in steps, not in points, so that the
   // line keeps its shape when the server halves the number of points.

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-Curves = Callable[[str, int, int, int], dict[str, Any]]
+Curves = Callable[[str, int, int, int, int], dict[str, Any]]
 
 SCRIPT = Path(__file__).with_name("loss_plot.js")
 
@@ -93,14 +93,15 @@ tbody th { font-weight: 400; }
 def loss_plot(curves: Curves) -> gr.HTML:
     """The plot of one run. Its value is {"run": run id or "", "version": a number that changes when the run has news}.
 
-    The page then asks `curves(run_id, stride, count, held_out_count)` for the points that it lacks and gets the fields of
+    The page then asks `curves(run_id, rewinds, stride, count, held_out_count)` for the points that it lacks and gets the fields of
     a `progress.CurveDelta`. An unknown run is the business of `curves`.
     """
 
     def loss_points(cursor: list[Any]) -> dict[str, Any]:
         """What the page calls; Gradio hands several arguments over as one list."""
-        run_id, stride, count, held_out_count = cursor
-        return curves(str(run_id), max(0, int(stride)), max(0, int(count)), max(0, int(held_out_count)))
+        run_id, *numbers = cursor
+        rewinds, stride, count, held_out_count = (max(0, int(number)) for number in numbers)
+        return curves(str(run_id), rewinds, stride, count, held_out_count)
 
     return gr.HTML(
         {"run": "", "version": 0},

@@ -69,7 +69,7 @@ def stop(services: Services) -> str:
     try:
         if run is None:
             raise UserError("There is no run to stop.")
-        run.request_stop()
+        run.ask("stop")
     except UserError as error:
         return markup.error(str(error))
     return ""
