@@ -27,6 +27,8 @@ from qlora_ui.jobs import Jobs, OnStart
 from qlora_ui.progress import fold, log_line
 from qlora_ui.runs import Run, Workspace
 
+ISOLATED = "train in a process of its own, which cannot take this one down"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -53,12 +55,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--data", help="a file, bundled:NAME or a Hugging Face id (default: the preset's)")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     train.add_argument("--json", action="store_true", help="print the run's events, one JSON object a line")
+    train.add_argument("--isolated", action="store_true", help=ISOLATED)
     train.set_defaults(command=train_command)
 
     resume = commands.add_parser("resume", help="go on with a run from its newest complete checkpoint")
     resume.add_argument("--run", required=True, help="the run's id, or 'last'")
     resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="go on with another setting; may be repeated")
     resume.add_argument("--json", action="store_true", help="print the run's events from here on, one JSON object a line")
+    resume.add_argument("--isolated", action="store_true", help=ISOLATED)
     resume.set_defaults(command=resume_command)
 
     check = commands.add_parser("check-data", help="say what training would make of a data set")
@@ -174,13 +178,16 @@ def data_words(report: Report, lengths: LengthReport) -> str:
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Train in the foreground. Ctrl-C stops and keeps what there is."""
     config = read_config(arguments)
-    return in_the_foreground(lambda on_start: Jobs(workspace).run_here(config, on_start), arguments.json)
+    return in_the_foreground(lambda on_start: Jobs(workspace).run_here(config, on_start, isolated=arguments.isolated), arguments.json)
 
 
 def resume_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Go on in the foreground, as `train` does."""
     run = newest(workspace) if arguments.run == "last" else workspace.get(arguments.run)
-    return in_the_foreground(lambda on_start: Jobs(workspace).resume_here(run, settings(arguments), on_start), arguments.json)
+    changes = settings(arguments)
+    return in_the_foreground(
+        lambda on_start: Jobs(workspace).resume_here(run, changes, on_start, isolated=arguments.isolated), arguments.json
+    )
 
 
 def newest(workspace: Workspace) -> Run:

@@ -290,7 +290,8 @@ def log_line(event: Event) -> str:
         return f"{ASKED_WORDS[event.wish]} was asked for"
     if isinstance(event, Resumed):
         changed = "".join(f"; {name} {before} → {after}" for name, (before, after) in event.changes.items())
-        return (f"Goes on from step {event.step}" if event.checkpoint else "Begins again") + changed
+        reason = f"{event.reason}. " if event.reason else ""
+        return reason + (f"Goes on from step {event.step}" if event.checkpoint else "Begins again") + changed
     if event.state not in (None, "running"):
         end = Progress("")
         end.end = event

@@ -195,6 +195,24 @@ class Run:
         """Whether the training is to end at its next safe point, for whichever wish."""
         return self.wish() is not None
 
+    def beat(self) -> None:
+        """Leave a sign of life. In the clock of this machine's uptime, which nobody sets."""
+        now = time.monotonic()
+        heartbeat = self.folder / "heartbeat"
+        try:
+            os.utime(heartbeat, (now, now))
+        except FileNotFoundError:
+            with contextlib.suppress(FileNotFoundError):  # the folder is gone too
+                heartbeat.touch()
+                os.utime(heartbeat, (now, now))
+
+    def silent_seconds(self) -> float:
+        """Seconds since whoever trains it gave a sign of life; 0 before the first."""
+        try:
+            return max(0.0, time.monotonic() - (self.folder / "heartbeat").stat().st_mtime)
+        except FileNotFoundError:
+            return 0.0
+
     def forget_wishes(self) -> None:
         """A run that goes on is not asked for anything yet."""
         for wish in WISHES:
