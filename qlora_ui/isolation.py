@@ -19,6 +19,7 @@ from filelock import FileLock
 from qlora_ui.errors import UserError
 from qlora_ui.events import Phase
 from qlora_ui.execution import break_off, end_as_asked
+from qlora_ui.progress import duration
 from qlora_ui.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,8 @@ def command(run: Run, checkpoint: Path | None) -> list[str]:
 
 def descriptor(lock: FileLock) -> int:
     """Of the open file that a held lock is on: who inherits it holds the lock too, until the last of them is gone."""
-    number: int = lock._context.lock_file_fd
+    number = lock._context.lock_file_fd
+    assert number is not None, f"{lock.lock_file} is not held"
     return number
 
 
@@ -88,7 +90,7 @@ def wait(process: subprocess.Popen[bytes], run: Run, grace_seconds: float) -> st
             if run.is_asked() and not any(isinstance(event, Phase) for event in run.read(before)[0]):
                 return "It was ended before it had begun"
             if run.silent_seconds() > grace_seconds:
-                return f"It gave no sign of life for {grace_seconds / 60:.0f} min, so its process was ended"
+                return f"It gave no sign of life for {duration(grace_seconds)}, so its process was ended"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the worker too, where only the launcher died
