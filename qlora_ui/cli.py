@@ -238,9 +238,10 @@ def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None
     """Print a run's events after `offset` bytes as they are written, until it has ended and all are printed."""
     while True:
         last_look = ended.wait(0.2)
-        if not run.folder.is_dir():
-            return  # discarded
-        events, offset = run.read(offset)
+        try:
+            events, offset = run.read(offset)
+        except FileNotFoundError:
+            return  # discarded, or deleted by somebody
         for event in events:
             line = encode(event) if as_json else describe(event)
             if line:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_ui import checkpoints, progress, resuming
+from qlora_ui.disk import trouble_with_disk
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Failed, Paused, Phase, Stopped
 from qlora_ui.runs import Run
@@ -28,18 +29,21 @@ def engine_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path
 
 
 def execute(run: Run, train: Train, checkpoint: Path | None = None) -> None:
-    """Call the training and write down how it ended, whatever happens in it."""
+    """Call the training and write down how it ended, whatever happens in it. Raises UserError when that cannot be written down."""
     try:
         try:
             _insist(run, train, checkpoint)
         except Cancelled:
             end_as_asked(run)
-    except UserError as error:
-        break_off(run, str(error)[:2000], "")
     except BaseException as error:  # noqa: BLE001 - the run's books must be closed; the traceback is kept in them
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        told = traceback.format_exc()[-8000:]  # an end must stay short: whoever asks for the state reads the last 64 KiB only
-        break_off(run, f"Training broke off at step {run.last_step()}: {reason[0][:300]}", told)
+        if trouble := trouble_with_disk(run.folder, error):
+            pause(run, trouble)
+        elif isinstance(error, UserError):
+            break_off(run, str(error)[:2000], "")
+        else:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            told = traceback.format_exc()[-8000:]  # an end must stay short: whoever asks for the state reads the last 64 KiB only
+            break_off(run, f"Training broke off at step {run.last_step()}: {reason[0][:300]}", told)
 
 
 def _insist(run: Run, train: Train, checkpoint: Path | None) -> None:
@@ -75,9 +79,17 @@ def end_as_asked(run: Run) -> None:
 def break_off(run: Run, message: str, told: str) -> None:
     """Write down an end that nobody asked for: a pause, where there is something to go on from."""
     if run.last_step() or checkpoints.newest_complete(run):
-        run.append(Paused(step=run.last_step(), total_steps=planned_steps(run), reason=message, traceback=told))
+        pause(run, message, told)
     else:
         run.append(Failed(message=message, traceback=told))
+
+
+def pause(run: Run, reason: str, told: str = "") -> None:
+    """Write down that the run rests, and why. Raises UserError with that reason when it cannot be written."""
+    try:
+        run.append(Paused(step=run.last_step(), total_steps=planned_steps(run), reason=reason, traceback=told))
+    except OSError as error:
+        raise UserError(reason) from error
 
 
 def planned_steps(run: Run) -> int:

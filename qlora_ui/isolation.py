@@ -16,9 +16,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from qlora_ui.disk import trouble_with_disk
 from qlora_ui.errors import UserError
 from qlora_ui.events import Phase
-from qlora_ui.execution import break_off, end_as_asked
+from qlora_ui.execution import break_off, end_as_asked, pause
 from qlora_ui.progress import duration
 from qlora_ui.runs import Run
 
@@ -34,7 +35,10 @@ def check() -> None:
 
 
 def execute(run: Run, checkpoint: Path | None, locks: Sequence[FileLock], grace_seconds: float = GRACE_SECONDS) -> None:
-    """Train in a process of its own and return when it has ended. What it could not write down itself is written down here."""
+    """Train in a process of its own and return when it has ended. What it could not write down itself is written down here.
+
+    Raises UserError when that cannot be written down either.
+    """
     run.beat()
     said = run.folder / "process.log"
     with said.open("wb") as output:
@@ -48,11 +52,17 @@ def execute(run: Run, checkpoint: Path | None, locks: Sequence[FileLock], grace_
             pass_fds=[descriptor(lock) for lock in locks],
         )
     why = wait(process, run, grace_seconds)
+    trouble = trouble_with_disk(run.folder)
     if not run.folder.is_dir():
+        if process.returncode:
+            raise UserError(trouble)
         return  # discarded
-    tail = said.read_bytes()[-TAIL_BYTES:].decode("utf-8", "replace")
     if run.state() != "running":
         return
+    if trouble:
+        pause(run, trouble)
+        return
+    tail = said.read_bytes()[-TAIL_BYTES:].decode("utf-8", "replace")
     if run.is_asked():
         end_as_asked(run)
         return
@@ -85,7 +95,9 @@ def wait(process: subprocess.Popen[bytes], run: Run, grace_seconds: float) -> st
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.5)
                 return "Its process ended without a word"
-            if not run.folder.is_dir():
+            if not run.folder.is_dir():  # it was discarded, which it is about to end with, or somebody deleted it
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=10)
                 return "Its folder is gone"
             if run.is_asked() and not any(isinstance(event, Phase) for event in run.read(before)[0]):
                 return "It was ended before it had begun"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from qlora_ui import checkpoints, isolation, progress
 from qlora_ui.config import RunConfig
 from qlora_ui.data import sources
+from qlora_ui.disk import telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import Phase
 from qlora_ui.execution import Emit, ShouldStop, Train, engine_train, execute, keep_newest
@@ -125,7 +127,10 @@ class Jobs:
     def _in_background(self, run: Run, held: Held, work: Callable[[], None]) -> None:
         def holding() -> None:
             with held:
-                work()
+                try:
+                    work()
+                except UserError as error:  # the run could not be told how it ended
+                    print(error, file=sys.stderr)
 
         threading.Thread(target=holding, name=f"train {run.id}", daemon=True).start()
 
@@ -145,7 +150,7 @@ class Jobs:
         sources.check(config.data.data, None)
         if isolated:
             isolation.check()
-        with self._lease() as held:
+        with telling_trouble(self.workspace.runs, "start again"), self._lease() as held:
             run, lock = self.workspace.create(config, run_name(config), {name: version(name) for name in RECORDED})
             held.take(lock)
             return run, held.pop_all()
@@ -154,7 +159,7 @@ class Jobs:
         """Take the locks, find the checkpoint, write down what changes. The locks come back held."""
         if isolated:
             isolation.check()
-        with self._lease() as held:
+        with telling_trouble(run.folder), self._lease() as held:
             self._take(held, run)
             checkpoint = checkpoints.newest_complete(run)
             config = changed(run.config(), changes)

@@ -41,9 +41,9 @@ def go_on(run: Run, config: RunConfig, checkpoint: Path | None, reason: str = ""
     """Write down that the run goes on from a checkpoint (None: from its beginning) with this config. Its lock must be held."""
     values = config.values()
     differences = {name: [value, values[name]] for name, value in run.config().values().items() if value != values[name]}
+    unusable = checkpoints.put_aside(run, checkpoint)  # first, for the room that it gives back
     if differences:
         run.note(**config.to_dict())
-    unusable = checkpoints.put_aside(run, checkpoint)
     step, name = (checkpoints.step_of(checkpoint), checkpoint.name) if checkpoint else (0, "")
     run.append(Resumed(step=step, checkpoint=name, changes=differences, reason=reason))
     for line in unusable:

@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 
+from qlora_ui.errors import UserError
 from qlora_ui.execution import engine_train, execute
 from qlora_ui.runs import Workspace
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
 
 
-def main() -> None:
-    """Train the run of `--run` and end; how it went is in the run's events."""
+def main() -> int:
+    """Train the run of `--run` and return the exit code: 2 where how it went could not be written into the run's events."""
     parser = argparse.ArgumentParser(prog="python -m qlora_ui.worker")
     parser.add_argument("--home", required=True)
     parser.add_argument("--run", required=True)
@@ -28,7 +29,12 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with(os.getsid(0))  # the launcher leads the session
     run = Workspace.open(arguments.home).get(arguments.run)
-    execute(run, engine_train, run.folder / arguments.checkpoint if arguments.checkpoint else None)
+    try:
+        execute(run, engine_train, run.folder / arguments.checkpoint if arguments.checkpoint else None)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def die_with(launcher: int) -> None:
@@ -48,5 +54,5 @@ def _watch(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # without waiting for threads that were left to themselves, such as a request to a Hub that hangs
+    code = main()
+    os._exit(code)  # without waiting for threads that were left to themselves, such as a request to a Hub that hangs

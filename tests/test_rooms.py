@@ -21,6 +21,7 @@ ROOMS = (
     "config",
     "presets",
     "events",
+    "disk",
     "runs",
     "checkpoints",
     "progress",

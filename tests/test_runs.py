@@ -251,12 +251,16 @@ def test_a_new_run_is_locked_and_holds_its_config(workspace: Workspace) -> None:
     assert not list(run.folder.glob("*.partial"))
 
 
-def test_runs_of_the_same_second_are_all_found_also_with_the_longest_name(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.time, "strftime", lambda form, moment: "20261122-100139")
-    name = "n" * 48
-    made = [tiny_lock_free(workspace, name) for _ in range(12)]
-    assert len({run.id for run in made}) == 12
-    assert {run.id for run in workspace.all()} == {run.id for run in made}
+@pytest.mark.parametrize("seconds", [0, -7 * 3600, 7 * 3600])
+def test_every_new_run_sorts_after_all_others_whatever_the_clock_says(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    made = []
+    for number in range(12):
+        monkeypatch.setattr(runs.time, "time", lambda number=number: 1_795_000_000.0 + number * seconds)
+        made.append(tiny_lock_free(workspace, f"{'z' if number % 2 else 'a'}" * 48))
+        assert workspace.newest() == made[-1]
+    assert workspace.all() == made[::-1]
     assert [workspace.get(run.id) for run in made] == made
 
 
@@ -273,11 +277,10 @@ def test_a_run_that_cannot_be_written_down_leaves_no_folder(workspace: Workspace
     assert list(workspace.runs.iterdir()) == []
 
 
-def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace) -> None:
     assert workspace.newest() is None
     for stamp in ("20261122-100139", "20270101-000000", "20261122-100140"):
-        monkeypatch.setattr(runs.time, "strftime", lambda form, moment, stamp=stamp: stamp)
-        tiny_lock_free(workspace, "a")
+        tiny_lock_free(workspace, "a").folder.rename(workspace.runs / f"{stamp}-a")
     (workspace.runs / "20280101-000000-no-config").mkdir()
     (workspace.runs / "notes").mkdir()
     (workspace.runs / ".DS_Store").touch()
