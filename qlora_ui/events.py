@@ -242,5 +242,5 @@ def decode(line: str) -> Event | None:
     try:
         fields: dict[str, Any] = json.loads(line)
         return KINDS[fields.pop("kind")](**fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -220,7 +220,7 @@ class Run:
         try:
             os.utime(heartbeat, (now, now))
         except FileNotFoundError:
-            with contextlib.suppress(FileNotFoundError):  # the folder is gone too
+            if self.events_path.exists():  # else it is being deleted, and a new file would be in the way
                 heartbeat.touch()
                 os.utime(heartbeat, (now, now))
 

@@ -79,6 +79,7 @@ class StepTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(exist_ok=True)  # Trainer would make the run's folder too, which somebody may have deleted
         (folder / SEAL).unlink(missing_ok=True)  # what is written over is not complete
         super()._save_checkpoint(model, trial)
 
