@@ -199,7 +199,8 @@ class Services:
         run = self.workspace.newest()
         device = "device" if self.hardware() else "no device yet"
         try:
-            return f"{run.id} {run.size()} {self.silence(run)} {device}" if run else f"no run {device}"
+            silence = self.silence(run) if run else ""
+            return f"{run.id} {run.size()} {silence} {device}" if run else f"no run {device}"
         except FileNotFoundError:  # discarded between the two looks
             return f"a run is gone {device}"
 
