@@ -53,13 +53,24 @@ def items(file: TextIO) -> Iterator[object]:
         raise window.wrong("Extra data")
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Python would keep the last of two values without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise NotJson(f"{short(twice)} stands twice in the object {short(found)}")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 class _Window:
     """The text from `at` on, as much of it as was read so far. What lies behind is forgotten, but for its lines."""
 
     def __init__(self, text: str, place: str, file: TextIO | None = None) -> None:
         self.text, self.place, self.file = text, place, file
         self.at, self.line, self.column = 0, 1, 1  # the latter two are of the first character held
-        self.decoder = json.JSONDecoder(object_pairs_hook=_object)
 
     def mark(self) -> str:
         """The next character that is not blank, empty at the end."""
@@ -85,7 +96,7 @@ class _Window:
         self.mark()
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
+                value, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 # In the middle of what is held it is a fault, near its end the value may only be cut there.
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
@@ -118,12 +129,3 @@ class _Window:
     def wrong(self, what: str, position: int | None = None) -> NotJson:
         line, column = self.where(self.at if position is None else position)
         return NotJson(f"{what} at {self.place.format(line=line, column=column)}")
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Python would keep the last of two values without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise NotJson(f"{short(twice)} stands twice in the object {short(found)}")
-    return found
