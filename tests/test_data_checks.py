@@ -316,7 +316,7 @@ def test_answers_that_are_missing_are_counted(tmp_path: Path) -> None:
 def test_dropped_rows_can_be_taken_away_as_they_are(tmp_path: Path) -> None:
     reference = save(tmp_path, "a.jsonl", [pair("a"), pair("b", ""), 7])
     data = DataConfig(data=reference)
-    assert list(dropped_rows(data, checks.prepare(data).report)) == [
+    assert list(dropped_rows(data, checks.prepare(data).report.dropped)) == [
         {"row": 2, "reason": "has no answer: 'completion' is empty", "values": pair("b", "")},
         {"row": 3, "reason": "line 3 is 7, not an object with named columns", "values": None},
     ]

@@ -238,9 +238,9 @@ def _convert(raw: sources.RawRow, format: str, names: Mapping[str, str]) -> tupl
     return found, unused, formats.to_conversations(row, found)
 
 
-def dropped_rows(data: DataConfig, report: Report, within: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The dropped rows as they stand in the source, each with its number and reason. Reads the source again."""
-    reasons = {dropped.row: dropped.reason for dropped in report.dropped}
+def dropped_rows(data: DataConfig, dropped: Iterable[Dropped], within: Path | None = None) -> Iterator[dict[str, Any]]:
+    """These rows as they stand in the source, each with its number and reason. Reads the source again."""
+    reasons = {row.row: row.reason for row in dropped}
     for raw in sources.read(data.data, within):
         if raw.number in reasons:
             yield {"row": raw.number, "reason": reasons[raw.number], "values": raw.values}

@@ -15,6 +15,7 @@ from qlora_ui.data.lengths import LengthReport
 
 if TYPE_CHECKING:
     from qlora_ui.engine.preview import Piece, RowView
+    from qlora_ui.inspection import Look
 
 ROLE_WORDS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool", "text": "Raw text"}
 SHOWN_CHARACTERS = 2000
@@ -42,24 +43,28 @@ def catalog_card(entry: PaperSet) -> str:
 # The report ----------------------------------------------------------------------------------------------------------
 
 
-def summary(report: Report, lengths: LengthReport | None, doing: str) -> str:
-    """The report in one line, each part opening below it."""
+def summary(look: Look) -> str:
+    """The report in one line, each part opening below it; nothing of what is not read yet."""
+    if look.data is None:
+        return ""
+    report, lengths, doing = look.data.report, look.lengths, look.doing
     parts = [f"{report.read:,} {plural(report.read)}: {report.kept:,} kept, {len(report.dropped):,} dropped"]
     if lengths and not doing:  # else they are those of a sample
         if lengths.left_out:
-            parts.append(f"{lengths.left_out:,} left out for their length")
+            parts.append(f"{lengths.left_out:,} left out")
         parts += [
             f"{short(lengths.tokens_total)} tokens, {lengths.trained_share:.0%} trained",
             f"longest {lengths.longest:,}",
         ]
     line = f'<p class="headline">{escape(" · ".join(parts))}</p><p class="note" aria-live="polite">{escape(doing) or formats(report)}</p>'
-    return line + details(report)
+    return line + details(report, () if doing else look.left_out)
 
 
-def details(report: Report) -> str:
-    """What opens below the line: the rows that were dropped, and what there was besides."""
+def details(report: Report, left_out: Sequence[Dropped] = ()) -> str:
+    """What opens below the line: the rows that were dropped or left out, and what there was besides."""
     parts = [
         dropped("dropped", report.dropped),
+        dropped("kept but left out", left_out),
         dropped(f"dropped from the split {report.held_out_split}", report.held_out_dropped),
         counted("Formats", {title(name): rows for name, rows in report.formats.items()}) if len(report.formats) > 1 else "",
         counted("Scripts", report.scripts) if len(report.scripts) > 1 else "",
@@ -107,7 +112,7 @@ def dropped(what: str, rows: Sequence[Dropped]) -> str:
     more = f"<p>{len(rows) - SHOWN_DROPPED:,} more are in the download.</p>" if len(rows) > SHOWN_DROPPED else ""
     return (
         f"<details><summary>{len(rows):,} {plural(len(rows))} {escape(what)}, with reasons</summary>"
-        f"<table><thead><tr><th>Row</th><th>Why it was dropped</th></tr></thead><tbody>{cells}</tbody></table>{more}</details>"
+        f"<table><thead><tr><th>Row</th><th>Why</th></tr></thead><tbody>{cells}</tbody></table>{more}</details>"
     )
 
 
@@ -164,11 +169,12 @@ def line_place(report: LengthReport) -> float:
 
 def lost(report: LengthReport) -> str:
     """What the max length costs, in a sentence."""
+    count = len(report.untrainable)
     if not report.over:
-        return f"No row is longer than {report.max_seq_len:,} tokens, nothing is lost."
+        left_out = f"; {count:,} {plural(count)} with nothing to train on {'is' if count == 1 else 'are'} left out" if count else ""
+        return f"No row is longer than {report.max_seq_len:,} tokens, nothing is lost{left_out}."
     rows = "1 row is" if report.over == 1 else f"{report.over:,} rows are"
     ends = {"truncate": "cut at their end", "drop": "left out", "split": "split"}[report.long_rows]
-    count = len(report.untrainable)
     left_out = f", and {count:,} {plural(count)} {'has' if count == 1 else 'have'} nothing left to train on" if count else ""
     return f"{rows} longer and {ends}: {report.tokens_lost:,} tokens, {report.trained_lost:,} of them trained, are lost{left_out}."
 
