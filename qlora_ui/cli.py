@@ -157,8 +157,8 @@ def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped
         lines += [
             f"Formats: {formats}. Scripts: {scripts}.",
             f"Tokens: {lengths.tokens_total:,}, {lengths.trained_share:.0%} trained. The longest row has {lengths.longest:,}.",
-            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens lost "
-            f"({lengths.trained_lost:,} trained). Suggested: {lengths.suggested_max_seq_len:,}.",
+            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens are not read, "
+            f"{lengths.trained_lost:,} fewer are trained. Suggested: {lengths.suggested_max_seq_len:,}.",
             f"Padding: {lengths.padding_share:.0%} of a batch, {lengths.padding_share_packed:.0%} if packed.",
         ]
     if left_out:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from qlora_ui.inspection import Look
 
 ROLE_WORDS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool", "text": "Raw text"}
-SHOWN_CHARACTERS = 2000
+SHOWN_CHARACTERS = 2000  # of a turn or a piece
+SHOWN_TURNS, SHOWN_PIECES = 100, 400  # of a row: some hold a hundred thousand, which no browser bears
 SHOWN_DROPPED = 200
 
 
@@ -173,10 +174,11 @@ def lost(report: LengthReport) -> str:
     if not report.over:
         left_out = f"; {count:,} {plural(count)} with nothing to train on {'is' if count == 1 else 'are'} left out" if count else ""
         return f"No row is longer than {report.max_seq_len:,} tokens, nothing is lost{left_out}."
-    rows = "1 row is" if report.over == 1 else f"{report.over:,} rows are"
-    ends = {"truncate": "cut at their end", "drop": "left out", "split": "split"}[report.long_rows]
+    rows, their = ("1 row is", "its") if report.over == 1 else (f"{report.over:,} rows are", "their")
+    ends = {"truncate": f"cut at {their} end", "drop": "left out", "split": "split"}[report.long_rows]
     left_out = f", and {count:,} {plural(count)} {'has' if count == 1 else 'have'} nothing left to train on" if count else ""
-    return f"{rows} longer and {ends}: {report.tokens_lost:,} tokens, {report.trained_lost:,} of them trained, are lost{left_out}."
+    # Of a split row every later piece trains one token less: its first has nothing before it to be predicted from.
+    return f"{rows} longer and {ends}: {report.tokens_lost:,} tokens are not read, {report.trained_lost:,} fewer are trained{left_out}."
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -196,9 +198,10 @@ def bubbles(rows: Sequence[Conversation]) -> str:
     for row in rows:
         turns = "".join(
             f'<div class="turn {message.role}"><span>{ROLE_WORDS[message.role]}</span>{escape(clipped(message.content))}</div>'
-            for message in row.messages
+            for message in row.messages[:SHOWN_TURNS]
         )
-        cards.append(f'<article class="row-card"><header>Row {row.row}</header>{turns}</article>')
+        more = not_shown(len(row.messages) - SHOWN_TURNS, "turns")
+        cards.append(f'<article class="row-card"><header>Row {row.row}</header>{turns}{more}</article>')
     return f'<div class="rows">{"".join(cards)}</div>'
 
 
@@ -213,7 +216,8 @@ def token_view(rows: Sequence[RowView]) -> str:
         cut = f", {row.tokens - row.kept_tokens:,} cut off" if row.kept_tokens < row.tokens else ""
         head = f"Row {row.row} · {row.tokens:,} tokens, {row.trained:,} trained{cut}"
         padding = f'<span class="padding">{row.padding:,} × padding</span>' if row.padding else ""
-        cards.append(f'<article class="row-card"><header>{head}</header><pre>{"".join(map(piece, row.pieces))}{padding}</pre></article>')
+        pieces, more = "".join(map(piece, row.pieces[:SHOWN_PIECES])), not_shown(len(row.pieces) - SHOWN_PIECES, "pieces")
+        cards.append(f'<article class="row-card"><header>{head}</header><pre>{pieces}{padding}</pre>{more}</article>')
     return f'{legend}<div class="rows">{"".join(cards)}</div>'
 
 
@@ -227,6 +231,10 @@ def piece(part: Piece) -> str:
     if part.cut:
         return f'<s class="cut">{text}</s>'
     return f"<mark>{text}</mark>" if part.trained else text
+
+
+def not_shown(count: int, what: str) -> str:
+    return f'<p class="note">… {count:,} more {what} are not shown here.</p>' if count > 0 else ""
 
 
 def clipped(text: str) -> str:
