@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from qlora_ui import presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, sources
-from qlora_ui.data.checks import NothingKept, Report
+from qlora_ui.data.checks import Dropped, NothingKept, Report
 from qlora_ui.data.formats import FORMATS, Message
 from qlora_ui.data.lengths import LengthReport, lengths_of_nothing
 from qlora_ui.errors import UserError
@@ -125,7 +125,7 @@ def check_data_command(arguments: argparse.Namespace, workspace: Workspace) -> i
     if arguments.json:
         print(json.dumps(data_report(seen.data.report, seen.lengths)))
     else:
-        print(data_words(seen.data.report, seen.lengths))
+        print(data_words(seen.data.report, seen.lengths, seen.left_out))
     if seen.problem:
         print(seen.problem, file=sys.stderr)
     return 2 if seen.problem else 0
@@ -145,13 +145,14 @@ def data_report(report: Report, lengths: LengthReport) -> dict[str, object]:
         "tokens_lost": lengths.tokens_lost,
         "trained_lost": lengths.trained_lost,
         "untrainable": list(lengths.untrainable),
+        "too_long": list(lengths.too_long),
         "suggested_max_seq_len": lengths.suggested_max_seq_len,
         "padding_share": lengths.padding_share,
         "padding_share_packed": lengths.padding_share_packed,
     }
 
 
-def data_words(report: Report, lengths: LengthReport) -> str:
+def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped] = ()) -> str:
     """The report as a person reads it."""
     formats = ", ".join(f"{name} {rows:,}" for name, rows in report.formats.items())
     scripts = ", ".join(f"{name} {rows:,}" for name, rows in report.scripts.items())
@@ -160,17 +161,18 @@ def data_words(report: Report, lengths: LengthReport) -> str:
         lines += [
             f"Formats: {formats}. Scripts: {scripts}.",
             f"Tokens: {lengths.tokens_total:,}, {lengths.trained_share:.0%} trained. The longest row has {lengths.longest:,}.",
-            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens lost "
-            f"({lengths.trained_lost:,} trained). Suggested: {lengths.suggested_max_seq_len:,}.",
+            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens are not read, "
+            f"{lengths.trained_lost:,} fewer are trained. Suggested: {lengths.suggested_max_seq_len:,}.",
             f"Padding: {lengths.padding_share:.0%} of a batch, {lengths.padding_share_packed:.0%} if packed.",
         ]
-    if lengths.left_out:
-        lines.append(f"Left out for their length, or with nothing left to train on: {lengths.left_out:,} rows.")
+    if left_out:
+        lines.append(f"Kept, but not trained on: {len(left_out):,} rows.")
     if report.unused_columns:
         lines.append(f"Columns that are not read: {', '.join(report.unused_columns)}.")
     if report.held_out_split:
         lines.append(f"Held out: {report.held_out_rows:,} rows of the split {report.held_out_split}.")
-    for title, dropped in (("Dropped", report.dropped), (f"Dropped from {report.held_out_split}", report.held_out_dropped)):
+    listed = {"Left out": left_out, "Dropped": report.dropped, f"Dropped from {report.held_out_split}": report.held_out_dropped}
+    for title, dropped in listed.items():
         lines += [f"{title}: row {row.row}: {row.reason}" for row in dropped]
     return "\n".join(lines)
 
