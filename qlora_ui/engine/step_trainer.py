@@ -29,6 +29,8 @@ class StepTrainer(Trainer):
     def __init__(
         self, *, plan: StepPlan, on_tokens: Callable[[int], None], finite_steps: FiniteSteps, loraplus_lr_ratio: float, **kwargs: Any
     ) -> None:
+        # Of several GPUs that one process sees, Trainer would give each a batch of its own; the model is on one, or over all of them.
+        kwargs["args"]._n_gpu = min(kwargs["args"].n_gpu, 1)
         super().__init__(compute_loss_func=plan.loss or seq2seq.loss, **kwargs)
         self.plan, self.on_tokens, self.finite_steps, self.loraplus_lr_ratio = plan, on_tokens, finite_steps, loraplus_lr_ratio
 
