@@ -303,7 +303,7 @@ def test_the_page_goes_on_when_the_run_it_shows_is_deleted(
     workspace: Workspace, rows: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_ui import services
-    from qlora_ui.ui.app import glance, redraw
+    from qlora_ui.ui.app import redraw
 
     begun, go = threading.Event(), threading.Event()
 
@@ -316,9 +316,9 @@ def test_the_page_goes_on_when_the_run_it_shows_is_deleted(
     page = dataclasses.replace(services.build(workspace, services.WarmUp()), jobs=Jobs(workspace, wait))
     run = page.jobs.start(tiny.tiny_config(rows))
     assert begun.wait(SECONDS)
-    assert run.id in glance(page)
+    assert run.id in page.glance()
     shutil.rmtree(run.folder)
-    assert glance(page).startswith("no run 0")
+    assert page.glance().startswith("no run")
     assert redraw(page, None)
     go.set()
     workspace.lease().acquire(timeout=SECONDS).lock.release()

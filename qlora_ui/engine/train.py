@@ -354,6 +354,8 @@ class Reporter(TrainerCallback):
         self._end_here()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # it went on from the last step, of which only the result is missing
+            raise Cancelled
         self.step_started, self.step_tokens = time.perf_counter(), 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
