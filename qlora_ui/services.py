@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
-from qlora_ui import presets
+from qlora_ui import presets, snapshots
 from qlora_ui.config import RunConfig
 from qlora_ui.data import sources
 from qlora_ui.data.formats import Message
@@ -22,6 +23,8 @@ from qlora_ui.runs import Run, Workspace
 if TYPE_CHECKING:
     from qlora_ui.engine.chat import Answers, ChatModel, Sampling
     from qlora_ui.engine.hardware import Hardware
+
+T = TypeVar("T")
 
 Side = tuple[Literal["adapter", "base"], Sequence[Message]]
 """Who is asked, and the conversation up to the question."""
@@ -74,25 +77,35 @@ class EngineChat:
                 give_memory_back()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stand:
+    """How a run stands: its progress after `offset` bytes of events, which are all there are if it is `up_to_date`."""
+
+    progress: Progress
+    offset: int
+    up_to_date: bool
+
+
 class Watch:
     """Every run's progress, read on from where the last look ended. Any number of pages share it."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, Progress]] = {}
+        self._seen: dict[str, snapshots.Fold] = {}
         self._lock = threading.Lock()
 
     def progress(self, run: Run) -> Progress:
         """The run's progress as of now."""
+        return self.look(run, lambda stand: stand.progress)
+
+    def look(self, run: Run, see: Callable[[Stand], T], seconds: float = math.inf) -> T:
+        """What `see` makes of how the run stands, after reading what is new for at most so long. Nothing changes while it looks."""
         with self._lock:
-            offset, progress = self._seen.pop(run.id, (0, Progress(run.name)))
-            if run.size() > offset:
-                events, offset = run.read(offset)
-                for event in events:
-                    progress.add(event)
-            self._seen[run.id] = (offset, progress)
+            fold = self._seen.pop(run.id, None) or snapshots.load(run)
+            up_to_date = fold.read_on(run, seconds)
+            self._seen[run.id] = fold
             if len(self._seen) > 50:
                 self._seen.pop(next(iter(self._seen)))
-            return progress
+            return see(Stand(progress=fold.progress, offset=fold.offset, up_to_date=up_to_date))
 
 
 @dataclass(frozen=True, kw_only=True)

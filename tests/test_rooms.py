@@ -24,6 +24,7 @@ ROOMS = (
     "runs",
     "checkpoints",
     "progress",
+    "snapshots",
     "memory",
     "data",
     "engine",

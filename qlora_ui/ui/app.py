@@ -1,8 +1,9 @@
-"""The page: tabs in the order of the work, and the one timer that asks whether anything is new. Knows nothing of torch."""
+"""The page: tabs in the order of the work, and what crosses from one to another. Knows nothing of torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, markup, run_bar, theme, train_tab
+from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, live, run_bar, theme, train_tab
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -30,9 +31,9 @@ def build(services: Services) -> gr.Blocks:
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
                 chat = chat_tab.build(services)
-        seen = gr.Textbox(visible="hidden", label="What there is to see", elem_id="seen")
-        timer = gr.Timer(1.0)
-        wire(services, bar, tabs, data, train, chat, seen, timer, page)
+        news = live.News(services)
+        seen = live.build(news)
+        wire(services, bar, tabs, data, train, chat, seen, partial(glance, services, news), page)
         gr.api(scripted_start(services), api_name="start_training")
         gr.api(scripted_stop(services), api_name="stop_training")
         gr.api(scripted_status(services), api_name="run_status")
@@ -51,16 +52,14 @@ def wire(
     data: data_tab.DataTab,
     train: train_tab.TrainTab,
     chat: chat_tab.ChatTab,
-    seen: gr.Textbox,
-    timer: gr.Timer,
+    seen: gr.HTML,
+    look: Callable[[], str],
     page: gr.Blocks,
 ) -> None:
     """Everything that crosses from one tab to another."""
-    # Two steps, so that a tick without news touches no component: only a change of what was seen redraws.
-    look = partial(glance, services)
-    timer.tick(look, None, [seen], queue=False, **QUIET)
-    page.load(look, None, [seen], queue=False, **QUIET)
-    shown = [bar.chip, bar.status, bar.progress, bar.stop, bar.chat, train.tiles, train.plot, train.log, chat.run]
+    # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
+    # and only when the script has found another key than the one that it was drawn for.
+    shown = [bar.chip, bar.stop, bar.chat, train.plot, chat.run]
     seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
@@ -157,26 +156,22 @@ def suggested(services: Services, names: list[str], preset: str, chosen: str, *v
     return seen.lengths.suggested_max_seq_len if seen and seen.lengths else gr.skip()
 
 
-def glance(services: Services) -> str:
-    """The timer's question: what is there to see? It costs a folder listing and a stat."""
+def glance(services: Services, news: live.News) -> str:
+    """What buttons and choices depend on, as it is now: asked for after a click, so that nobody waits for the next second."""
     run = services.workspace.newest()
-    return f"{run.id if run else 'no run'} {run.size() if run else 0} {'device' if services.hardware() else 'no device yet'}"
+    return news.key(run, services.watch.progress(run) if run else None)
 
 
 def redraw(services: Services, talking_to: str | None) -> list[Any]:
-    """Everything that shows the newest run."""
+    """What can be pressed and chosen, for the newest run."""
     run = services.workspace.newest()
     progress = services.watch.progress(run) if run else None
     running = progress is not None and progress.state == "running"
     return [
         run_bar.device_chip(services.hardware()),
-        markup.status(progress),
-        markup.bar(progress),
         gr.update(interactive=running and not (progress and progress.asked)),
         gr.update(interactive=progress is not None and progress.adapter_saved and not running),
-        markup.tiles(progress),
         {"run": run.id if run else "", "version": run.size() if run else 0},
-        markup.log(progress),
         gr.skip() if running and talking_to else run_choices(services, talking_to),
     ]
 

@@ -13,7 +13,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.data import checks, sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, markup
+from qlora_ui.ui import form, live, markup
 from qlora_ui.ui.plots import loss_plot
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                 message = gr.HTML(elem_id="start-message")
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button")
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
-            tiles = gr.HTML(markup.tiles(None), elem_id="tiles")
+            tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
             plot = loss_plot(curves)
-            log = gr.HTML(markup.log(None), elem_id="log-box")
+            log = gr.HTML(markup.log(), js_on_load=live.SHOW_NEWS, elem_id="log-box")
 
     return TrainTab(
         preset=preset,
