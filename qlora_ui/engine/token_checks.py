@@ -67,7 +67,7 @@ def _beginnings(tokenizer: Any, rows: Sequence[TokenRow]) -> str:
 
 def _own_system_prompt(tokenizer: Any) -> str:
     """Whether rows without a system turn are written as if they had one, which is what the template's author put there."""
-    said = [Message(role=role, content=f"the {role} says") for role in ("system", "user", "assistant")]  # type: ignore[arg-type]
+    said = [Message(role=role, content=f"the {role} says") for role in ("system", "user", "assistant")]
     try:
         begins = whole(tokenizer, said).partition(said[0].content)[0]
         added = whole(tokenizer, said[1:]).partition(said[1].content)[0]
