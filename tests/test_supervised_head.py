@@ -128,6 +128,21 @@ def test_a_run_with_all_logits_learns_the_same(tiny_workspace: Workspace, rows: 
     assert one == pytest.approx(other, abs=1e-4)
 
 
+def test_the_logits_of_a_run_stay_in_the_compute_dtype(tiny_workspace: Workspace, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer's accelerate would copy them, the largest tensor of all, to float32."""
+    met: list[tuple[bool, torch.dtype]] = []
+    plain = Loss.__call__
+
+    def looked_at(self: Loss, outputs: Any, *rest: Any, **named: Any) -> torch.Tensor:
+        met.append((torch.is_grad_enabled(), outputs["logits"].dtype))
+        return plain(self, outputs, *rest, **named)
+
+    monkeypatch.setattr(Loss, "__call__", looked_at)
+    run = trained(tiny_workspace, rows, compute_dtype="bfloat16", max_steps=1, gradient_checkpointing="off")
+    assert run.state() == "finished", tiny.events_of(run)[-1]
+    assert set(met) == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1, 64, 150])
 def test_the_loss_a_few_tokens_at_a_time_is_cross_entropy(tokens: int, dtype: torch.dtype) -> None:

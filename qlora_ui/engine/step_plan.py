@@ -53,6 +53,8 @@ class StepPlan:
 def plan_steps(model: Any, config: RunConfig, hardware: Hardware, rows: FittedRows, emit: Callable[[Event], None]) -> StepPlan:
     """Choose, and say what was chosen and why. `rows` are those to train on; a few of them are tried."""
     sample = [cut(rows[index]) for index in range(min(len(rows), 2))]
+    if hardware.kind == "cpu":
+        cpu.draw_dropout_faster(model)
     loss = choose_loss(model, sample[0], emit)
     token_budget = choose_packing(model, config, hardware, sample, emit)
     by_row = bool(token_budget) and hardware.kind == "cpu" and choose_attention_by_row(model, sample, emit)

@@ -105,8 +105,15 @@ class StepTrainer(Trainer):
             loss += super().training_step(model, last, num_items_in_batch)
         return self.finite_steps.take(loss)
 
+    def compute_loss_context_manager(self) -> Any:
+        """The autocast that accelerate puts around the model's forward, which `compute_loss` takes away."""
+        precision = self.accelerator.mixed_precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.args.device.type, dtype=dtype, enabled=precision != "no")
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's way, with the head held to the trained tokens."""
+        """Trainer's way, with the head held to the trained tokens, and without accelerate's copy of all logits in float32."""
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         with self.plan.loss.selecting(inputs["labels"]) if self.plan.loss else nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_ui import checkpoints
 from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
-from qlora_ui.engine import cpu, result, seq2seq, tokens
+from qlora_ui.engine import result, seq2seq, tokens
 from qlora_ui.engine.adapter import add_adapter, continue_adapter, find_adapter, load_weights
 from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, is_out_of_memory, memory_gib
 from qlora_ui.engine.model import describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
@@ -110,8 +110,6 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     else:
         model = add_adapter(base, config.adapter, config.optimization.seed, learned)
     model.peft_config["default"].base_model_name_or_path = found.public_name  # in every checkpoint, not where it lies here
-    if hardware.kind == "cpu":
-        cpu.draw_dropout_faster(model)
     report_size(model, emit)
     if should_stop():
         raise Cancelled

@@ -53,10 +53,8 @@ def main() -> None:
 def race(folder: str, rows: Path) -> dict[str, list[dict[str, Any]]]:
     """What each contender told of its steps, in turns."""
     command = [sys.executable, "-m", "tests.benchmarks.training", folder, str(rows)]
-    # Threads that spin while they wait for each other would keep the cores from whatever else runs on a busy machine.
-    settings = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     racers = {
-        name: subprocess.Popen([*command, name], cwd=CHECKOUT, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        name: subprocess.Popen([*command, name], cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name in CONTENDERS
     }
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in racers}
