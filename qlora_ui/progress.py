@@ -240,7 +240,8 @@ class Progress:
         self.skipped = [skipped for skipped in self.skipped if skipped <= step]
         self.loss = self.train.points[-1][1] if self.train.points else None
         self.held_out_loss = self.held_out[-1][1] if self.held_out else None
-        self.best = min((HeldOut(step=at, loss=loss) for at, loss in self.held_out), key=lambda seen: seen.loss, default=None)
+        left = [HeldOut(step=at, loss=loss, time=0.0) for at, loss in self.held_out]  # when each was measured is not kept
+        self.best = min(left, key=lambda seen: seen.loss, default=None)
         if self.best_checkpoint and self.best_checkpoint.step > step:
             self.best_checkpoint = None
         self._step_times.clear()

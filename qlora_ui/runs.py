@@ -259,8 +259,8 @@ class Run:
 
     def last_step(self) -> int:
         """Number of optimizer steps done, and not undone by going on from an earlier checkpoint."""
-        for events in (self._tail(), self.read()[0]):
-            for event in reversed(events):
+        for read in (self._tail, lambda: self.read()[0]):  # the whole only where the tail does not tell
+            for event in reversed(read()):
                 if isinstance(event, (Step, Resumed)):
                     return event.step
         return 0
