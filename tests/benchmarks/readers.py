@@ -174,7 +174,5 @@ def main(arguments: list[str]) -> None:
     error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
     print(f"\n{len(ratios)} turns; speed with {PAGES} pages / without: mean {statistics.mean(ratios):.4f} ± {error:.4f} (standard error),")
     print(f"median {statistics.median(ratios):.4f}, least {min(ratios):.4f}, most {max(ratios):.4f}; goal 0.97")
-    print(
-        f"CPU time of the server for the pages: {statistics.median(shares):.2%} of one core (least {min(shares):.2%}, most {max(shares):.2%})"
-    )
+    print(f"CPU time of the answers, in cores: median {statistics.median(shares):.2%}, least {min(shares):.2%}, most {max(shares):.2%}")
     print(f"answers: median {statistics.median(asked):.0f} bytes, most {max(asked)}; median wait {waited[len(waited) // 2] * 1000:.1f} ms")
