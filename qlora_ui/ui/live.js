@@ -17,6 +17,7 @@ async function ask() {
   const late = new Promise((resolve) => setTimeout(resolve, LATE_MS));
   const answer = await Promise.race([server.news([shown.version, shown.run, shown.count, curve]), late]);
   asking = false;
+  if (!element.isConnected) return; // a later mount asks for itself
   if (answer?.version) take(answer, curve);
   if (document.hidden) return; // visibilitychange goes on
   timer = setTimeout(ask, askAgain || answer?.behind ? 0 : EVERY_MS);
@@ -29,7 +30,7 @@ function take({ version, run, redraw, parts, log, curve: points }, asked) {
   shown.lines = [...shown.lines, ...log.lines].slice(-MOST_LINES);
   shown.count = log.count;
   window.showNews();
-  if (points) window.lossPlotTake?.(asked, points);
+  window.lossPlotTake?.(asked, points);
   if (redraw && redraw !== props.value) props.value = redraw;
 }
 
@@ -68,6 +69,6 @@ function renew(old, fresh) {
   [...old.childNodes].forEach((child, i) => renew(child, children[i]));
 }
 
-document.addEventListener("visibilitychange", () => document.hidden || ask());
+document.addEventListener("visibilitychange", () => document.hidden || !element.isConnected || ask());
 watch("value", ask);
 ask();

@@ -64,7 +64,7 @@ class News:
         log = {"start": start, "count": progress.logged, "lines": list(progress.log)[len(progress.log) - (progress.logged - start) :]}
         answer = {"version": now, "run": run.id, "redraw": key, "parts": self._parts(now, progress), "log": log}
         if curve and curve[0] == run.id:
-            answer["curve"] = asdict(progress.curves_since(*(int(number) for number in curve[1:])))
+            answer["curve"] = asdict(progress.curves_since(*(max(0, int(number)) for number in curve[1:])))
         return answer
 
     def _parts(self, version: str, progress: Progress | None) -> dict[str, str]:

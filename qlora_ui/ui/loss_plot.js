@@ -40,10 +40,11 @@ async function ask() {
   schedule();
 }
 
-// The page's own question, once a second, brings the points too: it says what is here and hands over what it got for that.
-window.lossPlotCursor = () => element.isConnected && !asking && plot.run && cursorOf(plot);
+// The page's one question a second brings the points too: it says what is here, and hands over what it got for that.
+window.lossPlotCursor = () => (element.isConnected && !asking && plot.run ? cursorOf(plot) : null);
 window.lossPlotTake = (asked, answer) => {
-  if (String(asked) !== String(window.lossPlotCursor())) return; // a call of the plot's own was quicker
+  if (!element.isConnected) return;
+  if (!answer || String(asked) !== String(window.lossPlotCursor())) return void ask(); // a call of the plot's own came between
   take(answer);
   schedule();
 };
