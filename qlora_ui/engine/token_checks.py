@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_ui.data.checks import Conversation
-from qlora_ui.data.formats import Message
+from qlora_ui.data.formats import Message, Role
 from qlora_ui.engine.tokens import RAW_TEXT, TokenRow, token_rows, whole, written
 from qlora_ui.errors import UserError
 
@@ -67,13 +67,14 @@ def _beginnings(tokenizer: Any, rows: Sequence[TokenRow]) -> str:
 
 def _own_system_prompt(tokenizer: Any) -> str:
     """Whether rows without a system turn are written as if they had one, which is what the template's author put there."""
-    said = [Message(role=role, content=f"the {role} says") for role in ("system", "user", "assistant")]  # type: ignore[arg-type]
+    roles: tuple[Role, ...] = ("system", "user", "assistant")
+    said = [Message(role=role, content=f"the {role} says") for role in roles]
     try:
         begins = whole(tokenizer, said).partition(said[0].content)[0]
         added = whole(tokenizer, said[1:]).partition(said[1].content)[0]
     except UserError:  # it takes no system turn
         return ""
-    if not begins.removeprefix(tokenizer.bos_token or "").strip() or not added.startswith(begins):
+    if not begins.removeprefix(tokenizer.bos_token or "").strip() or not added.startswith(begins) or added == begins:
         return ""
     return (
         f"The prompt format puts a system prompt of its own before rows that have none ({added[:80]!r} …), and it is read in training. "
