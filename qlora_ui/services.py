@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from qlora_ui import checkpoints, isolation, presets
 from qlora_ui.config import KNOBS, RunConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Side = tuple[Literal["adapter", "base"], Sequence[Message]]
 """Who is asked, and the conversation up to the question."""
 SILENT_SECONDS = 120.0  # more than a step takes on what most people have; a page says so then
+PARTING_SECONDS = 10.0
 DEAD_SECONDS = 3.0  # without a sign of life, after which a look asks whether the process is there at all
 
 
@@ -149,21 +151,27 @@ class Services:
 
     def resume(self, run: Run, changes: Mapping[str, Any] | None = None, *, isolated: bool = False) -> None:
         """Go on with a run that rests. One that goes on already is left to whoever was quicker. Raises UserError when it may not."""
-        if self.workspace.live() == run and not changes:
+        live = self.workspace.live()
+        if live == run and not changes:
             return
-        self._wake(run)
+        if live is None:
+            _wait_for(run.lock(), self.workspace.lease())
+        run.beat()  # its last sign of life is as old as its rest
         self.jobs.resume(run, changes, isolated=isolated)
         self._isolated[run.id] = isolated
 
     def stop(self, run: Run) -> None:
         """End the run and keep its adapter, also that of a run that rests. Twice is no error. Raises UserError when it is in use."""
-        self._wake(run)
+        if run.state() != "running":
+            _wait_for(run.lock())
+            run.beat()
         self.jobs.stop(run)
 
-    def _wake(self, run: Run) -> None:
-        """What rested has to give its next sign of life from now on, not from its last."""
+    def discard(self, run: Run) -> None:
+        """End the run and delete it. Twice is no error. Raises UserError when it is in use."""
         if run.state() != "running":
-            run.beat()
+            _wait_for(run.lock())
+        self.jobs.discard(run)
 
     def find(self, run_id: str) -> Run | None:
         """The run of that id, or None when it was discarded since."""
@@ -276,6 +284,13 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
     return Services(
         workspace=workspace, jobs=jobs, chat=chat, watch=Watch(), inspector=Inspector(workspace, workspace.root), hardware=warm_up.hardware
     )
+
+
+def _wait_for(*locks: FileLock) -> None:
+    """A process of its own holds its locks for some seconds after its last word. Who holds them longer is somebody else."""
+    for lock in locks:
+        with contextlib.suppress(Timeout), lock.acquire(timeout=PARTING_SECONDS):
+            pass
 
 
 def _ignore(event: Event) -> None:

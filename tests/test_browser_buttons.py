@@ -1,4 +1,4 @@
-"""The buttons that end a run or let it go on, each clicked in a real Chromium over the real app, which one fixture serves for all."""
+"""The buttons that end a run or let it go on, each clicked in a real Chromium over the real app, one for all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import tiny
 from filelock import Timeout
 from gradio_client import Client
 from playwright.sync_api import Browser, Page, expect
-from serving import Served, free_port, go, open_page, served, set_number
+from serving import Served, free_port, go, open_page, set_number
 
 from qlora_ui import services
 from qlora_ui.errors import UserError
@@ -33,14 +33,19 @@ MINUTE = 60_000
 class Place:
     """One served app, its workspace, and a script's way to it."""
 
-    def __init__(self, app: Served) -> None:
-        self.app, self.workspace = app, Workspace.open(app.home)
+    def __init__(self, home: Path) -> None:
+        self.workspace, self.port = Workspace.open(home), free_port()
         self.rows = str(tiny.tiny_rows(self.workspace.uploads / "rows.json"))
-        self.client = Client(app.url, verbose=False)
+        self.serve()
 
-    def start(self, **values: object) -> Run:
+    def serve(self) -> None:
+        """Always on the same port."""
+        self.app = Served(self.workspace.root, self.port)
+        self.client = Client(self.app.url, verbose=False)
+
+    def start(self) -> Run:
         """A run that would go on for hours."""
-        config = tiny.tiny_config(self.rows, **{"max_steps": 100_000, **values})
+        config = tiny.tiny_config(self.rows, max_steps=100_000, eval_steps=100_000, save_steps=10)
         settings = {name: value for name, value in config.values().items() if name != "data"}
         return self.workspace.get(self.client.predict("starter", self.rows, json.dumps(settings), api_name="/start_training"))
 
@@ -55,8 +60,9 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("buttons-home")
     tiny.tiny_model(Workspace.open(home).models / tiny.NAME)
-    with served(home) as app:
-        yield Place(app)
+    one = Place(home)
+    yield one
+    one.app.kill()
 
 
 @pytest.fixture
@@ -203,23 +209,15 @@ def test_the_switch_trains_in_a_process_of_its_own_and_the_browser_remembers_it(
     says(page, r"Paused at step \d+ of 100000")
 
 
-def test_an_open_page_outlives_its_app_and_goes_on_with_the_run(browser: Browser, tiny_workspace: Workspace) -> None:
-    with served(tiny_workspace.root) as app:
-        place = Place(app)
-        run = place.start()
-        page = open_page(browser, app.url)
-        until_saved(page, run)
-        app.kill()
-    last = run.last_step()
-    newest = run.checkpoints()[-1]
-    with served(tiny_workspace.root, app.port):
-        says(page, f"Interrupted at step {last}")
-        page.locator("#resume-button").click()
-        says(page, r"training \d+/")
-        (resumed,) = tiny.events_of(run, Resumed)
-        assert (resumed.checkpoint, resumed.changes) == (newest.name, {})
-        page.locator("#stop-button").click()
-        says(page, "adapter saved")
+def test_an_open_page_outlives_its_app_and_goes_on_with_the_run(place: Place, run: Run, page: Page) -> None:
+    place.app.kill()
+    last, newest = run.last_step(), run.checkpoints()[-1]
+    place.serve()
+    says(page, f"Interrupted at step {last}")
+    page.locator("#resume-button").click()
+    says(page, r"training \d+/")
+    (resumed,) = tiny.events_of(run, Resumed)
+    assert (resumed.checkpoint, resumed.changes) == (newest.name, {})
 
 
 class Hanging:

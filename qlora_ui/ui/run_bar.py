@@ -118,7 +118,7 @@ def wire(services: Services, bar: RunBar, isolated: gr.Checkbox, look: dict[str,
     bar.discard.click(partial(ask, services), [bar.run], asking, **quiet).then(None, None, None, js=FOCUS)
     closed: dict[str, Any] = {"fn": lambda: NO_QUESTION, "inputs": None, "outputs": asking, **quiet}
     bar.cancel.click(**closed)
-    discard = partial(act, services, services.jobs.discard)
+    discard = partial(act, services, services.discard)
     bar.confirm.click(discard, [bar.doomed], [bar.message], **quiet).then(**closed).then(**look)
 
 

@@ -74,7 +74,7 @@ def discard(services: Services) -> Any:
     def discard_training(run: str) -> str:
         """End a run and delete it with all that it made. Returns the run's id."""
         try:
-            services.jobs.discard(services.workspace.get(run))
+            services.discard(services.workspace.get(run))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return run
