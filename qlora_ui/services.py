@@ -156,7 +156,7 @@ class Services:
             return
         if live is None:
             _wait_for(run.lock(), self.workspace.lease())
-        run.beat()  # its last sign of life is as old as its rest
+            run.beat()  # its last sign of life is as old as its rest
         self.jobs.resume(run, changes, isolated=isolated)
         self._isolated[run.id] = isolated
 

@@ -193,7 +193,7 @@ def test_a_run_goes_on_with_the_settings_of_the_form_which_says_what_is_another(
     expect(page.locator("#start-message")).to_have_text("")
 
 
-def test_the_switch_trains_in_a_process_of_its_own_and_the_browser_remembers_it(run: Run, page: Page) -> None:
+def test_the_switch_trains_in_a_process_of_its_own_and_the_browser_remembers_it(place: Place, run: Run, page: Page) -> None:
     paused(page)
     go(page, "Train")
     switch = page.locator("#isolated-switch input")
@@ -205,7 +205,7 @@ def test_the_switch_trains_in_a_process_of_its_own_and_the_browser_remembers_it(
     page.reload()
     go(page, "Train")
     expect(switch).to_be_checked()
-    page.locator("#pause-button").click()
+    place.client.predict("", api_name="/pause_training")
     says(page, r"Paused at step \d+ of 100000")
 
 
