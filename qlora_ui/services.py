@@ -190,8 +190,7 @@ class Services:
         fixed = [name for name in changes if name not in CHANGEABLE and KNOBS[name].section != "schedule"]
         if len(fixed) > 1:
             raise UserError(
-                f"{', '.join(fixed)} are others than in {run.name}, and cannot change on the way. "
-                "Use this run's settings, or start a new run.",
+                f"{run.name} has another {', '.join(fixed)}: these cannot change on the way. Use its settings, or start a new run.",
                 field=fixed[0],
             )
         config, progress = changed(run.config(), changes), self.watch.progress(run)

@@ -174,7 +174,7 @@ def test_a_run_goes_on_with_the_settings_of_the_form_which_says_what_is_another(
     go(page, "Train")
     button, said = page.locator("#resume-with-button"), page.locator("#resume-differences")
     expect(button).to_be_disabled()
-    expect(said).to_contain_text(re.compile(r"lora_r.* are others than in .*, and cannot change on the way"))
+    expect(said).to_contain_text(re.compile(r"has another model, .*lora_r, .*: these cannot change on the way"))
     page.locator("#use-run-settings").click()
     expect(page.locator("#field-learning_rate input")).to_have_value("0.01")
     expect(said).to_contain_text("its settings are these")
