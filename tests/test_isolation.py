@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -69,6 +68,21 @@ def follow(run: Run, seen: Callable[[Event], bool]) -> Event:
     pytest.fail(f"it did not happen: {[event.kind for event in tiny.events_of(run)][-5:]}")
 
 
+def comes_true(condition: Callable[[], bool]) -> None:
+    """A process that was killed is gone a moment later."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        threading.Event().wait(0.02)
+
+
+def is_dead(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def ended(workspace: Workspace) -> None:
     workspace.lease().acquire(timeout=SECONDS).lock.release()
 
@@ -96,14 +110,14 @@ def test_it_pauses_goes_on_and_stops_as_a_thread_does(started: Callable[..., tup
     ended(tiny_workspace)
     (paused,) = tiny.events_of(run, Paused)
     assert (paused.reason, paused.step) == ("", run.last_step())
-    assert not workers(tiny_workspace)
+    comes_true(lambda: not workers(tiny_workspace))
     jobs.resume(run, isolated=True)
     follow(run, lambda event: isinstance(event, Step) and event.step > paused.step)
     jobs.stop(run)
     ended(tiny_workspace)
     assert run.state() == "stopped"
     assert run.adapter.is_dir()
-    assert not workers(tiny_workspace)
+    comes_true(lambda: not workers(tiny_workspace))
 
 
 def test_a_killed_worker_is_a_pause_that_says_so_and_can_go_on(started: Callable[..., tuple[Jobs, Run]], tiny_workspace: Workspace) -> None:
@@ -113,7 +127,7 @@ def test_a_killed_worker_is_a_pause_that_says_so_and_can_go_on(started: Callable
     ended(tiny_workspace)
     (paused,) = tiny.events_of(run, Paused)
     assert "Its process was killed, as the system does when memory runs out" in paused.reason
-    assert not workers(tiny_workspace)
+    comes_true(lambda: not workers(tiny_workspace))
     jobs.resume(run, {"max_steps": run.last_step() + 1}, isolated=True)
     ended(tiny_workspace)
     assert tiny.events_of(run, Finished)
@@ -130,8 +144,7 @@ def test_a_wedged_process_is_ended_after_a_grace_time_with_all_that_it_started(t
         said = isolation.wait(process, run, grace_seconds=0.5)
     assert said == "It gave no sign of life for 0 s, so its process was ended"
     assert process.returncode == -signal.SIGKILL
-    with contextlib.suppress(psutil.NoSuchProcess):
-        assert child.status() == psutil.STATUS_ZOMBIE
+    comes_true(lambda: is_dead(child))
 
 
 @pytest.mark.parametrize("wish", ["pause", "stop", "discard"])
@@ -144,7 +157,7 @@ def test_a_wish_before_it_has_begun_is_done_at_once(started: Callable[..., tuple
     assert run.folder.is_dir() == (wish != "discard")
     if wish != "discard":
         assert isinstance(tiny.events_of(run)[-1], Paused if wish == "pause" else Stopped)
-    assert not workers(tiny_workspace)
+    comes_true(lambda: not workers(tiny_workspace))
 
 
 APP = """
@@ -187,7 +200,7 @@ def test_a_worker_does_not_outlive_its_launcher(started: Callable[..., tuple[Job
     launcher = child.parent()
     assert launcher is not None
     launcher.kill()
-    child.wait(5)
+    comes_true(lambda: is_dead(child))
     ended(tiny_workspace)
     assert run.state() == "paused"
 
