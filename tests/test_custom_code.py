@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_looking_at_a_data_set_never_runs_code(workspace: Workspace, rows: Path,
 def services(workspace: Workspace) -> Services:
     """The services over jobs that do nothing."""
     made = build(workspace, WarmUp())
-    return Services(**{**vars(made), "jobs": Jobs(workspace, lambda run, emit, should_stop: None)})
+    return dataclasses.replace(made, jobs=Jobs(workspace, lambda run, emit, should_stop, checkpoint: None))
 
 
 @pytest.fixture
