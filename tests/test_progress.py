@@ -75,8 +75,8 @@ TRAINING = (Phase(name="training"), planned(10))
         ([*TRAINING], "name · training 0/10"),
         ([*TRAINING, HeldOut(step=0, loss=3)], "name · training 0/10"),
         ([*TRAINING, step(1, time=1.0)], "name · training 1/10 · loss 1.23"),
-        ([*TRAINING, step(1, time=1.0), step(2, time=3.0)], "name · training 2/10 · loss 1.23 · 16 s left"),
-        ([*TRAINING, step(1), step(2, None)], "name · training 2/10 · loss 1.23 · 0 s left"),
+        ([*TRAINING, step(1, time=1.0), step(2, time=3.0), step(3, time=5.0)], "name · training 3/10 · loss 1.23 · 14 s left"),
+        ([*TRAINING, step(1), step(2), step(3, None)], "name · training 3/10 · loss 1.23 · 0 s left"),
         ([*TRAINING, step(1), step(2, time=2.0), Asked(wish="stop")], "name · stopping · loss 1.23"),
         ([*TRAINING, step(10), Phase(name="saving")], "name · saving · loss 1.23"),
         (
@@ -124,19 +124,19 @@ def test_the_best_checkpoint_and_the_skipped_steps_are_counted_on_the_way() -> N
 def test_the_time_left_is_the_pace_of_the_last_steps_without_the_evaluations() -> None:
     progress = after(*TRAINING)
     assert progress.eta_seconds is None
-    progress.add(step(1, time=100.0))
-    assert progress.eta_seconds is None
-    progress.add(step(2, time=102.0))
-    assert progress.eta_seconds == 16
-    progress.add(HeldOut(step=2, loss=1, time=150.0))
-    assert progress.eta_seconds is None
-    progress.add(step(2, time=151.0))
-    progress.add(Sample(step=2, prompt="", base="", adapter="", time=151.5))
-    assert progress.eta_seconds is None
-    progress.add(step(3, time=152.0))
-    progress.add(step(4, time=155.0))
-    assert progress.eta_seconds == 18
-    progress.add(Finished(step=4))
+    for event in (step(1, time=100.0), step(2, time=102.0)):
+        progress.add(event)
+        assert progress.eta_seconds is None
+    progress.add(step(3, time=104.0))
+    assert progress.eta_seconds == 14
+    progress.add(HeldOut(step=3, loss=1, time=150.0))
+    progress.add(step(4, time=151.0))
+    progress.add(Sample(step=4, prompt="", base="", adapter="", time=181.5))
+    progress.add(step(5, time=182.0))
+    assert progress.eta_seconds == 10
+    progress.add(step(6, time=184.0))
+    assert progress.eta_seconds == 8
+    progress.add(Finished(step=6))
     assert progress.eta_seconds is None
 
 
@@ -189,6 +189,17 @@ def test_a_curve_that_fits_is_not_thinned() -> None:
     assert curve.points[0] == (2, 1.5)
     assert curve.points[-1] == (600, 599.5)
     assert len(curve.points) == 300
+
+
+def test_of_many_evaluations_the_best_one_stays_and_a_plot_starts_over_when_they_are_thinned() -> None:
+    progress = after(*TRAINING, *(HeldOut(step=at, loss=1 + abs(at - 777) / 1000) for at in range(1, 1000)))
+    assert len(progress.held_out) < 300
+    assert min(loss for _, loss in progress.held_out) == 1
+    assert (777, 1) in progress.held_out
+    before = (progress.rewinds, 1, 0, len(progress.held_out))
+    for at in range(1000, 1300):
+        progress.add(HeldOut(step=at, loss=2))
+    assert progress.curves_since(*before).restart
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 10)), max_size=120), st.data())

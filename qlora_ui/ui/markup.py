@@ -16,15 +16,26 @@ def note(message: str) -> str:
     return f'<p class="note">{escape(message)}</p>' if message else ""
 
 
-def status(progress: Progress | None) -> str:
+def question(words: str) -> str:
+    return f'<p class="question" role="alert">{escape(words)}</p>'
+
+
+def status(progress: Progress | None, silence: str = "") -> str:
     """The run bar's line. What is announced to screen readers changes with the phase, not with every step."""
     if progress is None:
         return '<div class="status" data-state="idle">No run yet. Choose data, then start training.</div>'
-    said = progress.end_sentence() or progress.phase
+    line = " · ".join(filter(None, [progress.status_line(), silence]))
+    said = progress.end_sentence() or silence or progress.phase
     return (
-        f'<div class="status" data-state="{progress.state}">{escape(progress.status_line())}</div>'
+        f'<div class="status" data-state="{progress.state}">{escape(line)}{traceback(progress)}</div>'
         f'<div class="visually-hidden" aria-live="polite">{escape(f"{progress.name}: {said}")}</div>'
     )
+
+
+def traceback(progress: Progress) -> str:
+    """Where a run broke off because of our bug: what we need to mend it, folded away."""
+    told = progress.failure.traceback if progress.failure else ""
+    return f'<details class="traceback"><summary>details</summary><pre tabindex="0">{escape(told)}</pre></details>' if told else ""
 
 
 def bar(progress: Progress | None) -> str:
@@ -54,10 +65,14 @@ def tiles(progress: Progress | None) -> str:
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def log(progress: Progress | None) -> str:
-    """The last lines of the run's log, and the traceback where it was our bug."""
-    lines = list(progress.log) if progress else []
-    if progress and progress.failure and progress.failure.traceback:
-        lines.append(progress.failure.traceback)
-    text = "\n".join(lines) or "What the run does is written here, line by line."
-    return f'<pre class="log" role="log" tabindex="0" aria-label="Log">{escape(text)}</pre>'
+NO_LOG = "What the run does is written here, line by line."
+
+
+def log() -> str:
+    """The box that the page's script fills with the last lines of the run's log."""
+    return f'<pre class="log" role="log" tabindex="0" aria-label="Log">{NO_LOG}\n</pre>'
+
+
+def reading(name: str, share: float) -> str:
+    """The run bar's line while the events of a long run are read."""
+    return f'<div class="status" data-state="idle">{escape(name)} · reading what it did so far: {share:.0%}</div>'
