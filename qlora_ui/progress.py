@@ -9,8 +9,9 @@ import statistics
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_ui.events import (
     AdapterSaved,
@@ -32,6 +33,8 @@ from qlora_ui.events import (
     Step,
     Stopped,
     Wish,
+    decode,
+    encode,
 )
 
 PHASE_WORDS = {
@@ -48,31 +51,52 @@ ASKED_WORDS: dict[Wish, str] = {"pause": "A pause", "stop": "Stop", "discard": "
 RESUMABLE: tuple[State, ...] = ("paused", "interrupted", "failed")
 
 
-class Curve:
-    """A curve of at most `limit` points. When it is full, neighbours are averaged in pairs and the stride doubles."""
+Point = tuple[int, float]
 
-    def __init__(self, limit: int = 600) -> None:
+
+def mean(points: Sequence[Point]) -> Point:
+    """Neighbours as one point, at the step of the last."""
+    return points[-1][0], sum(value for _, value in points) / len(points)
+
+
+def lowest(points: Sequence[Point]) -> Point:
+    """The neighbour that stands for the others, so that the best of all stays."""
+    return min(points, key=lambda point: point[1])
+
+
+class Curve:
+    """A curve of at most `limit` points. When it is full, neighbours are joined in pairs and the stride doubles."""
+
+    def __init__(self, limit: int = 600, join: Callable[[Sequence[Point]], Point] = mean) -> None:
         self.limit = limit - limit % 2  # halved in pairs, so that no point is left over
+        self.join = join
         self.stride = 1
-        self.points: list[tuple[int, float]] = []
-        self._bucket: list[float] = []
+        self.points: list[Point] = []
+        self._bucket: list[Point] = []
 
     def add(self, step: int, value: float) -> None:
         """Append a value at a step greater than all before."""
-        self._bucket.append(value)
+        self._bucket.append((step, value))
         if len(self._bucket) < self.stride:
             return
-        self.points.append((step, sum(self._bucket) / len(self._bucket)))
+        self.points.append(self.join(self._bucket))
         self._bucket = []
         if len(self.points) >= self.limit:
-            pairs = zip(self.points[::2], self.points[1::2], strict=False)
-            self.points = [(later, (a + b) / 2) for (_, a), (later, b) in pairs]
+            self.points = [self.join(pair) for pair in zip(self.points[::2], self.points[1::2], strict=False)]
             self.stride *= 2
 
     def rewind(self, step: int) -> None:
         """Forget all after a step."""
         self.points = [point for point in self.points if point[0] <= step]
         self._bucket = []
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"stride": self.stride, "points": self.points, "bucket": self._bucket}
+
+    def set_from(self, written: Mapping[str, Any]) -> None:
+        """Go on from what `to_dict` gave."""
+        self.stride = written["stride"]
+        self.points, self._bucket = ([(step, value) for step, value in written[name]] for name in ("points", "bucket"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +107,14 @@ class CurveDelta:
     rewinds: int
     stride: int
     count: int
-    train: list[tuple[int, float]]
-    held_out: list[tuple[int, float]]
+    train: list[Point]
+    held_out: list[Point]
     total_steps: int
+
+
+EVENTS = ("phase_progress", "planned", "last", "best", "best_checkpoint", "failure", "end")
+CURVES = ("train", "held_out_curve")
+QUEUES = ("log", "_step_seconds")
 
 
 class Progress:
@@ -104,9 +133,10 @@ class Progress:
         self.best_checkpoint: CheckpointSaved | None = None
         self.skipped: list[int] = []
         self.train = Curve()
-        self.held_out: list[tuple[int, float]] = []
+        self.held_out_curve = Curve(300, lowest)
         self.rewinds = 0
         self.log: deque[str] = deque(maxlen=60)
+        self.logged = 0
         self.asked: Wish | None = None
         self.adapter_saved = False
         self.failure: Failed | Paused | None = None
@@ -118,6 +148,10 @@ class Progress:
     @property
     def step(self) -> int:
         return self.last.step if self.last else self._resumed_at
+
+    @property
+    def held_out(self) -> list[Point]:
+        return self.held_out_curve.points
 
     @property
     def skipped_steps(self) -> int:
@@ -171,8 +205,7 @@ class Progress:
                 self.loss = event.loss
                 self.train.add(event.step, event.loss)
         elif isinstance(event, HeldOut):
-            self.held_out = [point for point in self.held_out if point[0] < event.step]  # a resumed run measures again
-            self.held_out.append((event.step, event.loss))
+            self._add_held_out(event)
             self.held_out_loss = event.loss
             self.best = event if self.best is None or event.loss < self.best.loss else self.best
             self._step_began = None  # the time of an evaluation is not the pace of a step
@@ -192,7 +225,16 @@ class Progress:
             self.end, self.asked = event, None
         line = log_line(event)
         if line:
-            self.log.append(f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {line}")
+            told = event.traceback if isinstance(event, (Failed, Paused)) else ""
+            self.log.append(f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {line}" + (f"\n{told}" if told else ""))
+            self.logged += 1
+
+    def _add_held_out(self, event: HeldOut) -> None:
+        curve, stride = self.held_out_curve, self.held_out_curve.stride
+        if curve.points and curve.points[-1][0] >= event.step:
+            curve.rewind(event.step - 1)  # a resumed run measures again
+        curve.add(event.step, event.loss)
+        self.rewinds += curve.stride != stride  # what a plot has drawn of it is void
 
     def _rewind(self, step: int) -> None:
         """What came after the step is void."""
@@ -200,15 +242,35 @@ class Progress:
         self._resumed_at = step
         self.last = self.failure = self.end = self.asked = None
         self.train.rewind(step)
-        self.held_out = [point for point in self.held_out if point[0] <= step]
+        self.held_out_curve.rewind(step)
         self.skipped = [skipped for skipped in self.skipped if skipped <= step]
         self.loss = self.train.points[-1][1] if self.train.points else None
         self.held_out_loss = self.held_out[-1][1] if self.held_out else None
-        self.best = min((HeldOut(step=at, loss=loss) for at, loss in self.held_out), key=lambda seen: seen.loss, default=None)
+        left = [HeldOut(step=at, loss=loss, time=0.0) for at, loss in self.held_out]  # when each was measured is not kept
+        self.best = min(left, key=lambda seen: seen.loss, default=None)
         if self.best_checkpoint and self.best_checkpoint.step > step:
             self.best_checkpoint = None
         self._step_seconds.clear()
         self._step_began = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, from which `from_dict` makes a progress that goes on in the same way."""
+        written = {name: value for name, value in vars(self).items() if name not in (*EVENTS, *CURVES, *QUEUES)}
+        written |= {name: event and encode(event) for name, event in vars(self).items() if name in EVENTS}
+        return written | {name: getattr(self, name).to_dict() for name in CURVES} | {name: list(getattr(self, name)) for name in QUEUES}
+
+    @staticmethod
+    def from_dict(written: Mapping[str, Any]) -> Progress:
+        """Raises KeyError, TypeError or ValueError for what no `to_dict` gave."""
+        progress = Progress(written["name"])
+        for name, value in vars(progress).items():
+            if name in CURVES:
+                value.set_from(written[name])
+            elif name in QUEUES:
+                value.extend(written[name])
+            else:
+                setattr(progress, name, decode(written[name]) if name in EVENTS and written[name] else written[name])
+        return progress
 
     def status_line(self) -> str:
         """One line: name, what it is doing or how it ended, loss, time left."""

@@ -276,11 +276,11 @@ class Run:
         """Bytes of events so far: the cheap question whether anything is new."""
         return self.events_path.stat().st_size
 
-    def read(self, offset: int = 0) -> tuple[list[Event], int]:
-        """The events whose lines are complete after `offset` bytes, and the offset to go on from."""
+    def read(self, offset: int = 0, most: int = -1) -> tuple[list[Event], int]:
+        """The events whose lines are complete after `offset` bytes (of the next `most`), and the offset to go on from."""
         with self.events_path.open("rb") as file:
             file.seek(offset)
-            block = file.read()
+            block = file.read(most)
         whole = block[: block.rfind(b"\n") + 1]
         events = [decode(line.decode("utf-8", "replace")) for line in whole.splitlines()]
         return [event for event in events if event is not None], offset + len(whole)
@@ -291,8 +291,8 @@ class Run:
 
     def last_step(self) -> int:
         """Number of optimizer steps done, and not undone by going on from an earlier checkpoint."""
-        for events in (self._tail(), self.read()[0]):
-            for event in reversed(events):
+        for read in (self._tail, lambda: self.read()[0]):  # the whole only where the tail does not tell
+            for event in reversed(read()):
                 if isinstance(event, (Step, Resumed)):
                     return event.step
         return 0

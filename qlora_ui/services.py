@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
-from qlora_ui import checkpoints, isolation, presets
+from qlora_ui import checkpoints, isolation, presets, snapshots
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
 from qlora_ui.data.formats import Message
 from qlora_ui.errors import UserError
-from qlora_ui.events import Event
+from qlora_ui.events import Event, State
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
 from qlora_ui.progress import Progress, duration
@@ -28,6 +29,8 @@ from qlora_ui.runs import Run, Workspace
 if TYPE_CHECKING:
     from qlora_ui.engine.chat import Answers, ChatModel, Sampling
     from qlora_ui.engine.hardware import Hardware
+
+T = TypeVar("T")
 
 Side = tuple[Literal["adapter", "base"], Sequence[Message]]
 """Who is asked, and the conversation up to the question."""
@@ -83,25 +86,35 @@ class EngineChat:
                 give_memory_back()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stand:
+    """How a run stands: its progress after `offset` bytes of events, which are all there are if it is `up_to_date`."""
+
+    progress: Progress
+    offset: int
+    up_to_date: bool
+
+
 class Watch:
     """Every run's progress, read on from where the last look ended. Any number of pages share it."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, Progress]] = {}
+        self._seen: dict[str, snapshots.Fold] = {}
         self._lock = threading.Lock()
 
     def progress(self, run: Run) -> Progress:
         """The run's progress as of now."""
+        return self.look(run, lambda stand: stand.progress)
+
+    def look(self, run: Run, see: Callable[[Stand], T], seconds: float = math.inf) -> T:
+        """What `see` makes of how the run stands, after reading what is new for at most so long. Nothing changes while it looks."""
         with self._lock:
-            offset, progress = self._seen.pop(run.id, (0, Progress(run.name)))
-            if run.size() > offset:
-                events, offset = run.read(offset)
-                for event in events:
-                    progress.add(event)
-            self._seen[run.id] = (offset, progress)
+            fold = self._seen.pop(run.id, None) or snapshots.load(run)
+            up_to_date = fold.read_on(run, seconds)
+            self._seen[run.id] = fold
             if len(self._seen) > 50:
                 self._seen.pop(next(iter(self._seen)))
-            return progress
+            return see(Stand(progress=fold.progress, offset=fold.offset, up_to_date=up_to_date))
 
 
 def restart_process() -> None:
@@ -201,20 +214,10 @@ class Services:
         """How many checkpoints the run says are complete. A look at names only."""
         return sum((folder / checkpoints.SEAL).exists() for folder in checkpoints.all_of(run))
 
-    def glance(self) -> str:
-        """What there is to see: another text when a page must redraw. It costs a folder listing and a few stats."""
-        run = self.workspace.newest()
-        device = "device" if self.hardware() else "no device yet"
-        try:
-            silence = self.silence(run) if run else ""
-            return f"{run.id} {run.size()} {silence} {device}" if run else f"no run {device}"
-        except FileNotFoundError:  # discarded between the two looks
-            return f"a run is gone {device}"
-
-    def silence(self, run: Run) -> str:
+    def silence(self, run: Run, state: State) -> str:
         """What there is to say of a run that runs and gives no sign of life; empty for all others. A dead one is settled by the look."""
         seconds = run.silent_seconds()
-        if seconds < DEAD_SECONDS or self.watch.progress(run).state != "running":
+        if seconds < DEAD_SECONDS or state != "running":
             return ""
         if self._is_dead(run):
             self.workspace.settle()
@@ -226,7 +229,7 @@ class Services:
 
     def hangs_here(self, run: Run) -> bool:
         """Whether it gives no sign of life in a thread of this process, which nobody can end."""
-        return self._isolated.get(run.id) is False and bool(self.silence(run))
+        return self._isolated.get(run.id) is False and bool(self.silence(run, run.state()))
 
     def restart_app(self, run: Run) -> None:
         """Begin the app anew, after which a run that hung in it can go on. Raises UserError while it does not hang."""

@@ -25,6 +25,7 @@ from qlora_ui.events import Asked, Phase, Resumed
 from qlora_ui.jobs import Jobs
 from qlora_ui.runs import Run, Workspace
 from qlora_ui.ui import app as ui
+from qlora_ui.ui.live import News
 
 pytestmark = pytest.mark.browser
 MINUTE = 60_000
@@ -271,13 +272,13 @@ def test_a_run_without_a_sign_of_life_is_said_and_the_app_can_be_restarted(
 
 
 def test_a_run_whose_process_died_without_a_word_is_settled_by_the_poll(workspace: Workspace, rows: Path) -> None:
-    watching = services.build(workspace, services.WarmUp())
+    news = News(services.build(workspace, services.WarmUp()))
     run = tiny.tiny_run(workspace, rows)  # running by its books, its lock free
     run.append(Phase(name="training"))
     run.beat()
-    watching.glance()
+    news.since("", "", 0, None)
     assert run.state() == "running"
     fall_silent(run, 5)
-    before = watching.glance()
+    news.since("", "", 0, None)
     assert run.state() == "interrupted"
-    assert watching.glance() == before
+    assert "Interrupted at step 0" in news.since("", "", 0, None)["parts"]["status-line"]

@@ -303,7 +303,8 @@ def test_the_page_goes_on_when_the_run_it_shows_is_deleted(
     workspace: Workspace, rows: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_ui import services
-    from qlora_ui.ui.app import redraw
+    from qlora_ui.ui.app import glance, redraw
+    from qlora_ui.ui.live import News
 
     begun, go = threading.Event(), threading.Event()
 
@@ -314,11 +315,13 @@ def test_the_page_goes_on_when_the_run_it_shows_is_deleted(
         emit(Finished(step=0))
 
     page = dataclasses.replace(services.build(workspace, services.WarmUp()), jobs=Jobs(workspace, wait))
+    news = News(page)
     run = page.jobs.start(tiny.tiny_config(rows))
     assert begun.wait(SECONDS)
-    assert run.id in page.glance()
+    assert run.id in glance(page, news)
     shutil.rmtree(run.folder)
-    assert page.glance().startswith("no run")
+    assert glance(page, news).startswith("no run")
+    assert news.since("", "", 0, None)["run"] == ""
     assert redraw(page, None)
     go.set()
     workspace.lease().acquire(timeout=SECONDS).lock.release()

@@ -191,6 +191,17 @@ def test_a_curve_that_fits_is_not_thinned() -> None:
     assert len(curve.points) == 300
 
 
+def test_of_many_evaluations_the_best_one_stays_and_a_plot_starts_over_when_they_are_thinned() -> None:
+    progress = after(*TRAINING, *(HeldOut(step=at, loss=1 + abs(at - 777) / 1000) for at in range(1, 1000)))
+    assert len(progress.held_out) < 300
+    assert min(loss for _, loss in progress.held_out) == 1
+    assert (777, 1) in progress.held_out
+    before = (progress.rewinds, 1, 0, len(progress.held_out))
+    for at in range(1000, 1300):
+        progress.add(HeldOut(step=at, loss=2))
+    assert progress.curves_since(*before).restart
+
+
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 10)), max_size=120), st.data())
 def test_what_a_plot_lacks_adds_up_to_the_whole(history: list[tuple[bool, float]], data: st.DataObject) -> None:
     progress = after(*TRAINING)

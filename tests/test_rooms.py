@@ -25,6 +25,7 @@ ROOMS = (
     "runs",
     "checkpoints",
     "progress",
+    "snapshots",
     "memory",
     "data",
     "engine",

@@ -1,4 +1,4 @@
-"""The page: tabs in the order of the work, and the one timer that asks whether anything is new. Knows nothing of torch."""
+"""The page: tabs in the order of the work, and what crosses from one to another. Knows nothing of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, markup, run_bar, scripting, theme, train_tab
+from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, live, markup, run_bar, scripting, theme, train_tab
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -29,9 +29,9 @@ def build(services: Services) -> gr.Blocks:
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
                 chat = chat_tab.build(services)
-        seen = gr.Textbox(visible="hidden", label="What there is to see", elem_id="seen")
-        timer = gr.Timer(1.0)
-        wire(services, bar, tabs, data, train, chat, seen, timer, page)
+        news = live.News(services)
+        seen = live.build(news)
+        wire(services, bar, tabs, data, train, chat, seen, news, page)
         scripting.build(services)
     return page
 
@@ -48,16 +48,15 @@ def wire(
     data: data_tab.DataTab,
     train: train_tab.TrainTab,
     chat: chat_tab.ChatTab,
-    seen: gr.Textbox,
-    timer: gr.Timer,
+    seen: gr.HTML,
+    news: live.News,
     page: gr.Blocks,
 ) -> None:
     """Everything that crosses from one tab to another."""
-    # Two steps, so that a tick without news touches no component: only a change of what was seen redraws.
-    look: dict[str, Any] = {"fn": services.glance, "inputs": None, "outputs": [seen], **QUIET}
-    timer.tick(queue=False, **look)
-    page.load(queue=False, **look)
-    shown = [bar.chip, *bar.shown, train.tiles, train.plot, train.log, chat.run]
+    # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
+    # and only when the script has found another key than the one that it was drawn for.
+    look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
+    shown = [bar.chip, *bar.shown, train.plot, chat.run]
     seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
@@ -188,18 +187,27 @@ def suggested(services: Services, names: list[str], preset: str, chosen: str, *v
     return seen.lengths.suggested_max_seq_len if seen and seen.lengths else gr.skip()
 
 
+def glance(services: Services, news: live.News) -> str:
+    """What buttons and choices depend on, as it is now: asked for after a click, so that nobody waits for the next second."""
+    run = services.workspace.newest()
+    try:
+        return news.key(run, services.watch.progress(run) if run else None)
+    except FileNotFoundError:  # discarded between the two looks
+        return "a run is gone"
+
+
 def redraw(services: Services, talking_to: str | None) -> list[Any]:
-    """Everything that shows the newest run."""
+    """What can be pressed and chosen, for the newest run."""
     run = services.workspace.newest()
     try:
         progress = services.watch.progress(run) if run else None
         bar = run_bar.look(services, run, progress)
         drawn = {"run": run.id if run else "", "version": run.size() if run else 0}
     except FileNotFoundError:  # discarded since: the next glance says so
-        return [gr.skip()] * (len(run_bar.NO_RUN) + 5)
+        return [gr.skip()] * (len(run_bar.NO_RUN) + 3)
     running = progress is not None and progress.state == "running"
     choices = gr.skip() if running and talking_to else run_choices(services, talking_to)
-    return [run_bar.device_chip(services.hardware()), *bar, markup.tiles(progress), drawn, markup.log(progress), choices]
+    return [run_bar.device_chip(services.hardware()), *bar, drawn, choices]
 
 
 def run_choices(services: Services, talking_to: str | None) -> Any:

@@ -30,7 +30,7 @@ async function ask() {
     const asked = plot;
     // A failed call answers undefined (Gradio's client logs it), and so does one that hangs.
     const late = new Promise((resolve) => setTimeout(resolve, 20000));
-    const answer = await Promise.race([server.loss_points(plot.run, plot.rewinds, plot.stride, plot.count, plot.heldOutCount), late]);
+    const answer = await Promise.race([server.loss_points(...cursorOf(plot)), late]);
     if (!element.isConnected) return; // a later mount owns the points now and would get these twice
     behind = !answer;
     if (behind) setTimeout(() => element.isConnected && ask(), 2000);
@@ -39,6 +39,16 @@ async function ask() {
   asking = false;
   schedule();
 }
+
+// The page's one question a second brings the points too: it says what is here, and hands over what it got for that.
+window.lossPlotCursor = () => (element.isConnected && !asking && plot.run ? cursorOf(plot) : null);
+window.lossPlotTake = (asked, answer) => {
+  if (!element.isConnected) return;
+  if (!answer || String(asked) !== String(window.lossPlotCursor())) return void ask(); // a call of the plot's own came between
+  take(answer);
+  schedule();
+};
+const cursorOf = ({ run, rewinds, stride, count, heldOutCount }) => [run, rewinds, stride, count, heldOutCount];
 
 /** The plot never shows a moment of another run than its value names. */
 function forgetOtherRun() {

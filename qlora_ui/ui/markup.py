@@ -65,10 +65,14 @@ def tiles(progress: Progress | None) -> str:
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def log(progress: Progress | None) -> str:
-    """The last lines of the run's log, and the traceback where it was our bug."""
-    lines = list(progress.log) if progress else []
-    if progress and progress.failure and progress.failure.traceback:
-        lines.append(progress.failure.traceback)
-    text = "\n".join(lines) or "What the run does is written here, line by line."
-    return f'<pre class="log" role="log" tabindex="0" aria-label="Log">{escape(text)}</pre>'
+NO_LOG = "What the run does is written here, line by line."
+
+
+def log() -> str:
+    """The box that the page's script fills with the last lines of the run's log."""
+    return f'<pre class="log" role="log" tabindex="0" aria-label="Log">{NO_LOG}\n</pre>'
+
+
+def reading(name: str, share: float) -> str:
+    """The run bar's line while the events of a long run are read."""
+    return f'<div class="status" data-state="idle">{escape(name)} · reading what it did so far: {share:.0%}</div>'

@@ -25,7 +25,7 @@ element.querySelector('button').addEventListener('click', () => { localStorage.s
 FOCUS = "() => setTimeout(() => document.querySelector('#discard-cancel')?.focus(), 50)"
 NO_QUESTION = [gr.update(visible=False), "", ""]
 OFF, GONE = gr.update(interactive=False), gr.update(visible=False)
-NO_RUN = [markup.status(None), markup.bar(None), gr.update(visible=True, interactive=False), GONE, OFF, OFF, OFF, GONE, "", ""]
+NO_RUN = [gr.update(visible=True, interactive=False), GONE, OFF, OFF, OFF, GONE, "", ""]
 WELCOME = (
     '<div class="welcome" hidden><span>New here? Three clicks make a first success: <b>Use this data</b>, <b>Start training</b>, '
     "and when it has ended, <b>Send</b>. Everything is filled in.</span>"
@@ -59,7 +59,7 @@ class RunBar:
     def shown(self) -> list[gr.components.Component]:
         """What `look` fills, in its order."""
         buttons = [self.pause, self.resume, self.stop, self.discard, self.chat, self.restart]
-        return [self.status, self.progress, *buttons, self.run, self.state]
+        return [*buttons, self.run, self.state]
 
 
 def build() -> RunBar:
@@ -123,14 +123,12 @@ def wire(services: Services, bar: RunBar, isolated: gr.Checkbox, look: dict[str,
 
 
 def look(services: Services, run: Run | None, progress: Progress | None) -> list[Any]:
-    """The bar of the run that is newest. What may not be clicked now stays where it is, disabled; two buttons share one place."""
+    """The buttons for the run that is newest. What may not be clicked now stays where it is, disabled; two buttons share one place."""
     if run is None or progress is None:
         return NO_RUN
     rests = progress.state != "running"
     may_stop = progress.resumable and services.checkpoints(run) > 0 if rests else progress.asked not in ("stop", "discard")
     return [
-        markup.status(progress, services.silence(run)),
-        markup.bar(progress),
         gr.update(visible=not rests, interactive=not progress.asked),
         gr.update(visible=rests, interactive=progress.resumable or progress.state == "stopped"),
         gr.update(interactive=may_stop),

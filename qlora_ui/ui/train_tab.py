@@ -14,7 +14,7 @@ from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import checks, sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, markup
+from qlora_ui.ui import form, live, markup
 from qlora_ui.ui.plots import loss_plot
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                     use_settings = gr.Button("Use this run's settings", visible=False, size="sm", elem_id="use-run-settings")
                 differences = gr.HTML(elem_id="resume-differences")
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
-            tiles = gr.HTML(markup.tiles(None), elem_id="tiles")
+            tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
             plot = loss_plot(curves)
-            log = gr.HTML(markup.log(None), elem_id="log-box")
+            log = gr.HTML(markup.log(), js_on_load=live.SHOW_NEWS, elem_id="log-box")
 
     return TrainTab(
         preset=preset,

@@ -6,6 +6,7 @@ and through accelerate's launcher, where the worker, the launcher or all process
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -247,7 +248,10 @@ def ask_app(trainer: Trainer, run: Run) -> str:
     return str(told["state"])
 
 
-def main(seed: int = 20261125, kills: int = KILLS) -> None:
+def main(arguments: list[str], kills: int = KILLS) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks kill")
+    parser.add_argument("--seed", type=int, default=20261125, help="of the moments at which it kills")
+    seed = parser.parse_args(arguments).seed
     done: dict[tuple[str, str], list[bool]] = {}
     with trainer() as opened:
         for number, planned in enumerate(plan(opened.moments, seed, kills)):
