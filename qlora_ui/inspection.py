@@ -162,31 +162,29 @@ class Inspector:
 
     def _measure(self, config: RunConfig, data: checks.DataSet, fetch: bool) -> Generator[Look, None, Preview]:
         yield Look(data=data, doing="Loading the tokenizer …")
-        from qlora_ui.engine import tokens
-        from qlora_ui.engine.model import find, find_here, load_tokenizer
-        from qlora_ui.engine.preview import open_preview
+        from qlora_ui.engine import model, preview, tokens
 
         named, models = config.model, self._workspace.models
-        found = find_here(named.model, named.revision, models, weights=False)
+        found = model.find_here(named.model, named.revision, models, weights=False)
         if found is None and not fetch:
             raise UserError(f"{named.model} is not on this machine yet, so its tokens cannot be counted.", field="model")
         if found is None:
-            fetching = watched(lambda stop, told: find(named.model, named.revision, models, _bytes(told), stop, weights=False))
+            fetching = watched(lambda stop, told: model.find(named.model, named.revision, models, _bytes(told), stop, weights=False))
             found = yield from _telling(fetching, data, "{:,} bytes of the tokenizer fetched …")
-        tokenizer = load_tokenizer(found)
+        tokenizer = model.load_tokenizer(found)
         tokens.add_new(tokenizer, config.data.new_tokens)
         tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
         cache = self._workspace.root / "cache"
 
         def measure(rows: tuple[checks.Conversation, ...], fingerprint: str) -> Generator[int, None, Preview]:
-            return watched(lambda stop, told: open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
+            return watched(lambda stop, told: preview.open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
 
         if len(data.conversations) > SAMPLE_ROWS:
             few = data.conversations[:SAMPLE_ROWS]
             sample = yield from _telling(measure(few, f"{data.report.fingerprint} {SAMPLE_ROWS}"), data, "{:,} rows measured …")
             yield Look(data=data, lengths=lengths(config, sample), doing=f"Lengths of the first {SAMPLE_ROWS:,} rows, measuring on …")
-        preview = yield from _telling(measure(data.conversations, data.report.fingerprint), data, "{:,} rows measured …")
-        return self._previews.put(self._preview_key(config, data), preview)
+        whole = yield from _telling(measure(data.conversations, data.report.fingerprint), data, "{:,} rows measured …")
+        return self._previews.put(self._preview_key(config, data), whole)
 
     def _set_key(self, data: DataConfig) -> Hashable:
         return data.data, _stamp(data.data), data.data_format, data.columns, data.held_out_split

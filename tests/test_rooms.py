@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,14 @@ def test_heavy_libraries_are_imported_only_in_their_rooms(module: str) -> None:
         assert "gradio" not in roots
     if room(module) in STANDARD_LIBRARY_ONLY:
         assert roots <= {*sys.stdlib_module_names, PACKAGE}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_engine_is_imported_late_as_a_whole(module: str) -> None:
+    """`import engine.train` does not wait for another thread that is importing `engine`, whose libraries then break; `from engine` does."""
+    whole = re.sub(r"if TYPE_CHECKING:\n(    .*\n)+", "", MODULES[module])
+    if room(module) not in ("engine", "evaluate"):
+        assert not re.search(r"(from|import) qlora_ui\.engine\.|import_module\(.qlora_ui\.engine\.", whole)
 
 
 LIGHT = [module for module in MODULES if room(module) not in ("engine", "evaluate") and not module.endswith("__main__")]
