@@ -55,11 +55,12 @@ def finished(request: pytest.FixtureRequest, both: dict[bool, Trained]) -> Train
     return both[request.param]
 
 
-def trained(folder: Path, tied: bool) -> Trained:
+def trained(folder: Path, tied: bool, **more: Any) -> Trained:
     workspace = Workspace.open(folder / "home")
     tiny.tiny_model(workspace.models / tiny.NAME, tied=tied)
     data = tiny.tiny_rows(folder / "rows.json")
     values: dict[str, Any] = {"prompt_format": "custom", "chat_template": TEMPLATE, "new_tokens": NEW, "max_steps": 6, "sample_every": 3}
+    values |= more
     run = tiny.tiny_run(workspace, data, **values)
     jobs.execute(run, train)
     assert run.state() == "finished", tiny.events_of(run, Failed)
@@ -188,6 +189,17 @@ def test_the_chat_stops_at_the_new_end_token_and_answers_from_both_sides(finishe
         for text, sampled in zip(last.texts, (event.base, event.adapter), strict=True):
             assert sampled.startswith(text.strip().rstrip("\ufffd"))  # the chat waits for the other bytes of a torn character
             assert len(text) > 10
+
+
+@pytest.mark.parametrize(("tied", "whole"), [(True, "lm_head"), (False, "lm_head"), (False, "embed_tokens")])
+def test_a_layer_that_is_trained_as_a_whole_has_the_new_rows_in_it(tmp_path: Path, tied: bool, whole: str) -> None:
+    run = trained(tmp_path, tied, modules_to_save=whole)
+    saved = load_file(run.run.adapter / "adapter_model.safetensors")
+    assert {len(saved[name]) for name in saved if "lora_" not in name} == ({run.old + 3} if tied else {run.old + 3, 3})
+    told = tiny.events_of(run.run, Sample)[-1]
+    chat = ChatModel(run.run, lambda event: None, lambda: False)
+    *_, last = chat.reply([("adapter", [Message(role="user", content=told.prompt)])], Sampling(temperature=0, max_new_tokens=48))
+    assert told.adapter.startswith(last.texts[0].strip().rstrip("\ufffd"))
 
 
 # The setting --------------------------------------------------------------------------------------------------------------
