@@ -124,7 +124,7 @@ def test_the_rows_of_trained_tokens_moved_away_from_where_they_began(finished: T
 
 
 ELSEWHERE = """
-import json, sys
+import json, os, pathlib, sys
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -143,11 +143,17 @@ def by_hand(adapter, tokenizer):
 def at_once(adapter, tokenizer):
     return AutoPeftModelForCausalLM.from_pretrained(adapter, **settings)
 
+def as_its_card_says(adapter, tokenizer):
+    os.chdir(pathlib.Path(adapter).parents[2] / "models")
+    code = (pathlib.Path(adapter) / "README.md").read_text().split("```python")[1].split("```")[0]
+    exec(code.replace('adapter = "."', f"adapter = {adapter!r}"), scope := {})
+    return scope["model"]
+
 told = []
 for adapter, text in json.loads(sys.argv[1]):
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    for load in (by_hand, at_once):
+    for load in (by_hand, at_once, as_its_card_says):
         model = load(adapter, tokenizer).eval()
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False  # a kernel that rounds otherwise, on those CPUs that have it
@@ -164,7 +170,7 @@ def test_plain_peft_in_a_fresh_process_computes_the_same(both: dict[bool, Traine
         text = tokens.prompt(chat.tokenizer, [Message(role="user", content=ASKED)]) + "<|think|>The answer is<|end|>"
         ids = chat.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            expected += [(ids[0].tolist(), chat.model(ids).logits[0])] * 2
+            expected += [(ids[0].tolist(), chat.model(ids).logits[0])] * 3
         asked.append((str(finished.run.adapter), text))
     command = [sys.executable, "-c", ELSEWHERE, json.dumps(asked)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
