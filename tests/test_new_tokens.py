@@ -197,6 +197,17 @@ def test_the_chat_stops_at_the_new_end_token_and_answers_from_both_sides(finishe
             assert len(text) > 10
 
 
+def test_a_run_that_goes_on_with_such_an_adapter_has_its_tokens(finished: Trained) -> None:
+    values = {"prompt_format": "tokenizer", "init_adapter": finished.run.id, "max_steps": 1}
+    run = tiny.tiny_run(finished.run.workspace, finished.run.config().data.data, **values)
+    jobs.execute(run, train)
+    assert run.state() == "finished", tiny.events_of(run)[-1]
+    ended, began = tiny.events_of(finished.run, HeldOut)[-1].loss, tiny.events_of(run, HeldOut)[0].loss
+    assert began == pytest.approx(ended, abs=1e-5)
+    one, other = (load_file(which.adapter / "adapter_model.safetensors") for which in (finished.run, run))
+    assert one.keys() == other.keys()
+
+
 @pytest.mark.parametrize(("tied", "whole"), [(True, "lm_head"), (False, "lm_head"), (False, "embed_tokens")])
 def test_a_layer_that_is_trained_as_a_whole_has_the_new_rows_in_it(tmp_path: Path, tied: bool, whole: str) -> None:
     run = trained(tmp_path, tied, modules_to_save=whole)

@@ -214,7 +214,7 @@ def continue_adapter(base: Any, adapter: AdapterConfig, folder: Path, base_name:
             raise ValueError(f"it lacks {len(missing)} of its weights")  # PEFT would leave them as they are drawn
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"init_adapter is {adapter.init_adapter!r}, which does not fit {base_name}: {str(error).strip().splitlines()[-1].strip()}. "
+            f"init_adapter is {adapter.init_adapter!r}, which does not fit {base_name}: {str(error).strip().splitlines()[-1].strip(' .')}. "
             "Choose an adapter of this model.",
             field="init_adapter",
         ) from error
@@ -255,7 +255,8 @@ def _differences(base: Any, adapter: AdapterConfig, written: LoraConfig) -> list
     ]
     told: list[tuple[str, Any, Any]] = [pair for pair in pairs if pair[1] != pair[2]]
     if _targeted(base, target_modules(base, adapter.target_modules)) != _targeted(base, written.target_modules):
-        its_own = written.target_modules if isinstance(written.target_modules, str) else ", ".join(sorted(written.target_modules or ()))
+        names = [written.target_modules] if isinstance(written.target_modules, str) else written.target_modules or ()
+        its_own = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
         told.append(("target_modules", adapter.target_modules, its_own))
     return told
 

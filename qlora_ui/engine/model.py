@@ -200,18 +200,23 @@ def _unloadable(found: Found, error: Exception, what: str = "") -> UserError:
     return UserError(said, field="model")
 
 
-def load_tokenizer(found: Found) -> Any:
+def load_tokenizer(found: Found, adapter: Path | None = None) -> Any:
     """The model's tokenizer, with a pad token (its end token when it has none: padding is masked, so it is never learned).
 
-    It knows whether it serves an encoder-decoder, whose rows are written in another way. Raises UserError when the folder
-    has none that can be read.
+    Or that of an `adapter` to go on with, where that one has tokens of its own. It knows whether it serves an
+    encoder-decoder, whose rows are written in another way, and how long a row of a causal model may be. Raises UserError when the
+    folder has none that can be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=found.trusted)
+        if adapter and (adapter / "tokenizer_config.json").is_file():
+            its_own = AutoTokenizer.from_pretrained(adapter, trust_remote_code=found.trusted)
+            tokenizer = its_own if len(its_own) > len(tokenizer) else tokenizer
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
     except Exception as error:
         raise _unloadable(found, error, "The tokenizer of ") from error
     tokenizer.encoder_decoder = config.is_encoder_decoder
+    tokenizer.longest_row = None if config.is_encoder_decoder else getattr(config.get_text_config(), "max_position_embeddings", None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
