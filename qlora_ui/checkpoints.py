@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -63,21 +64,28 @@ def all_of(run: Run) -> list[Path]:
     return sorted(folders, key=step_of, reverse=True)
 
 
-def newest_complete(run: Run) -> Path | None:
-    """The checkpoint to go on from. To know it takes a reading of the newest, and of older ones while they are damaged."""
-    return next((folder for folder in all_of(run) if not damage(folder)), None)
+def newest_complete(run: Run, before: float = math.inf) -> Path | None:
+    """The checkpoint to go on from, of those before a step. It takes a reading of the newest, and of older ones while they are damaged."""
+    return next((folder for folder in all_of(run) if step_of(folder) < before and not damage(folder)), None)
 
 
 def put_aside(run: Run, newest: Path | None) -> list[str]:
-    """Take what is newer than the newest complete checkpoint out of the way, and say what was wrong with each.
+    """Take what is newer than the checkpoint to go on from out of the way, and say what was wrong with each.
 
     What was never finished is deleted: nobody was told that it is there. What was complete once is kept under another name.
+    What is complete holds steps that are void from here on.
     """
     said = []
     for folder in all_of(run):
         if newest and step_of(folder) <= step_of(newest):
             break
-        said.append(f"{folder.name} cannot be used: {damage(folder)}")
+        wrong = damage(folder)
+        if not wrong:
+            (folder / SEAL).unlink()
+            shutil.rmtree(folder)
+            said.append(f"{folder.name} is deleted: the run goes on from before it")
+            continue
+        said.append(f"{folder.name} cannot be used: {wrong}")
         kept = folder.with_name(DAMAGED + folder.name)
         shutil.rmtree(kept, ignore_errors=True)
         if (folder / SEAL).exists():

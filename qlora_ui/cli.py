@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from qlora_ui import presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, sources
-from qlora_ui.data.checks import NothingKept, Report
+from qlora_ui.data.checks import Dropped, NothingKept, Report
 from qlora_ui.data.formats import FORMATS, Message
 from qlora_ui.data.lengths import LengthReport, lengths_of_nothing
 from qlora_ui.errors import UserError
@@ -26,6 +26,8 @@ from qlora_ui.inspection import Inspector, Look
 from qlora_ui.jobs import Jobs, OnStart
 from qlora_ui.progress import fold, log_line
 from qlora_ui.runs import Run, Workspace
+
+ISOLATED = "train in a process of its own, which cannot take this one down"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,12 +55,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--data", help="a file, bundled:NAME or a Hugging Face id (default: the preset's)")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; may be repeated")
     train.add_argument("--json", action="store_true", help="print the run's events, one JSON object a line")
+    train.add_argument("--isolated", action="store_true", help=ISOLATED)
     train.set_defaults(command=train_command)
 
     resume = commands.add_parser("resume", help="go on with a run from its newest complete checkpoint")
     resume.add_argument("--run", required=True, help="the run's id, or 'last'")
     resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="go on with another setting; may be repeated")
     resume.add_argument("--json", action="store_true", help="print the run's events from here on, one JSON object a line")
+    resume.add_argument("--isolated", action="store_true", help=ISOLATED)
     resume.set_defaults(command=resume_command)
 
     check = commands.add_parser("check-data", help="say what training would make of a data set")
@@ -121,7 +125,7 @@ def check_data_command(arguments: argparse.Namespace, workspace: Workspace) -> i
     if arguments.json:
         print(json.dumps(data_report(seen.data.report, seen.lengths)))
     else:
-        print(data_words(seen.data.report, seen.lengths))
+        print(data_words(seen.data.report, seen.lengths, seen.left_out))
     if seen.problem:
         print(seen.problem, file=sys.stderr)
     return 2 if seen.problem else 0
@@ -141,13 +145,14 @@ def data_report(report: Report, lengths: LengthReport) -> dict[str, object]:
         "tokens_lost": lengths.tokens_lost,
         "trained_lost": lengths.trained_lost,
         "untrainable": list(lengths.untrainable),
+        "too_long": list(lengths.too_long),
         "suggested_max_seq_len": lengths.suggested_max_seq_len,
         "padding_share": lengths.padding_share,
         "padding_share_packed": lengths.padding_share_packed,
     }
 
 
-def data_words(report: Report, lengths: LengthReport) -> str:
+def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped] = ()) -> str:
     """The report as a person reads it."""
     formats = ", ".join(f"{name} {rows:,}" for name, rows in report.formats.items())
     scripts = ", ".join(f"{name} {rows:,}" for name, rows in report.scripts.items())
@@ -156,17 +161,18 @@ def data_words(report: Report, lengths: LengthReport) -> str:
         lines += [
             f"Formats: {formats}. Scripts: {scripts}.",
             f"Tokens: {lengths.tokens_total:,}, {lengths.trained_share:.0%} trained. The longest row has {lengths.longest:,}.",
-            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens lost "
-            f"({lengths.trained_lost:,} trained). Suggested: {lengths.suggested_max_seq_len:,}.",
+            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens are not read, "
+            f"{lengths.trained_lost:,} fewer are trained. Suggested: {lengths.suggested_max_seq_len:,}.",
             f"Padding: {lengths.padding_share:.0%} of a batch, {lengths.padding_share_packed:.0%} if packed.",
         ]
-    if lengths.left_out:
-        lines.append(f"Left out for their length, or with nothing left to train on: {lengths.left_out:,} rows.")
+    if left_out:
+        lines.append(f"Kept, but not trained on: {len(left_out):,} rows.")
     if report.unused_columns:
         lines.append(f"Columns that are not read: {', '.join(report.unused_columns)}.")
     if report.held_out_split:
         lines.append(f"Held out: {report.held_out_rows:,} rows of the split {report.held_out_split}.")
-    for title, dropped in (("Dropped", report.dropped), (f"Dropped from {report.held_out_split}", report.held_out_dropped)):
+    listed = {"Left out": left_out, "Dropped": report.dropped, f"Dropped from {report.held_out_split}": report.held_out_dropped}
+    for title, dropped in listed.items():
         lines += [f"{title}: row {row.row}: {row.reason}" for row in dropped]
     return "\n".join(lines)
 
@@ -174,13 +180,16 @@ def data_words(report: Report, lengths: LengthReport) -> str:
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Train in the foreground. Ctrl-C stops and keeps what there is."""
     config = read_config(arguments)
-    return in_the_foreground(lambda on_start: Jobs(workspace).run_here(config, on_start), arguments.json)
+    return in_the_foreground(lambda on_start: Jobs(workspace).run_here(config, on_start, isolated=arguments.isolated), arguments.json)
 
 
 def resume_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Go on in the foreground, as `train` does."""
     run = newest(workspace) if arguments.run == "last" else workspace.get(arguments.run)
-    return in_the_foreground(lambda on_start: Jobs(workspace).resume_here(run, settings(arguments), on_start), arguments.json)
+    changes = settings(arguments)
+    return in_the_foreground(
+        lambda on_start: Jobs(workspace).resume_here(run, changes, on_start, isolated=arguments.isolated), arguments.json
+    )
 
 
 def newest(workspace: Workspace) -> Run:
@@ -231,9 +240,10 @@ def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None
     """Print a run's events after `offset` bytes as they are written, until it has ended and all are printed."""
     while True:
         last_look = ended.wait(0.2)
-        if not run.folder.is_dir():
-            return  # discarded
-        events, offset = run.read(offset)
+        try:
+            events, offset = run.read(offset)
+        except FileNotFoundError:
+            return  # discarded, or deleted by somebody
         for event in events:
             line = encode(event) if as_json else describe(event)
             if line:

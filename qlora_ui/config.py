@@ -329,6 +329,13 @@ class OptimizationConfig(Part, section="optimization"):
         low=0,
         high=100,
     )
+    on_divergence: str = knob(
+        "pause",
+        "If the loss diverges",
+        "After ten steps in a row whose loss or gradients are not finite: pause, or go back once to the last good checkpoint with a "
+        "fifth of the learning rate.",
+        choices=("pause", "go_back"),
+    )
     group_by_length: bool = knob(
         False, "Group by length", "Puts rows of like length into a batch: less padding, an order that is less random."
     )

@@ -152,7 +152,8 @@ class Paused(Event):
 class Resumed(Event):
     """The run goes on after `step`, that of `checkpoint` (empty: from its beginning). What came after that step is void.
 
-    `changes` are settings that are others from here on: name -> [before, after].
+    `changes` are settings that are others from here on: name -> [before, after]. `reason` says why it goes on by itself,
+    where nobody asked for it.
     """
 
     kind: ClassVar[str] = "resumed"
@@ -160,6 +161,7 @@ class Resumed(Event):
     step: int
     checkpoint: str = ""
     changes: dict[str, list[Any]] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,5 +242,5 @@ def decode(line: str) -> Event | None:
     try:
         fields: dict[str, Any] = json.loads(line)
         return KINDS[fields.pop("kind")](**fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -46,10 +46,25 @@ class Look:
         """Why this cannot be trained on, or nothing."""
         if self.lengths is None or self.lengths.tokens_trained:
             return ""
+        if not self.lengths.trained_lost:
+            return (
+                "0 % of the tokens would be trained, at any max length: the prompt format marks nothing of these rows as the assistant's. "
+                "Choose another prompt format, mend the template's {% generation %} marks, or set train_on to everything."
+            )
         return (
             f"0 % of the tokens would be trained: no row has an answer within max_seq_len {self.lengths.max_seq_len}. "
             "Raise the max length, or change what is trained on or what happens to long rows."
         )
+
+    @property
+    def left_out(self) -> tuple[checks.Dropped, ...]:
+        """The kept rows that are not trained on all the same, and why."""
+        if self.lengths is None:
+            return ()
+        limit = f"max_seq_len {self.lengths.max_seq_len}"
+        too_long = [checks.Dropped(row=row, reason=f"is longer than {limit}") for row in self.lengths.too_long]
+        untrainable = [checks.Dropped(row=row, reason=f"has no token to train on within {limit}") for row in self.lengths.untrainable]
+        return tuple(sorted([*too_long, *untrainable], key=lambda left_out: left_out.row))
 
 
 class _Kept(Generic[Value]):

@@ -5,6 +5,7 @@ Pure: knows nothing of disk, Gradio or torch.
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 import time
 from collections import deque
@@ -110,7 +111,8 @@ class Progress:
         self.adapter_saved = False
         self.failure: Failed | Paused | None = None
         self.end: Event | None = None
-        self._step_times: deque[float] = deque(maxlen=20)
+        self._step_seconds: deque[float] = deque(maxlen=20)
+        self._step_began: float | None = None
         self._resumed_at = 0
 
     @property
@@ -140,11 +142,13 @@ class Progress:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds of training left at the pace of the last 20 steps; None before two steps are known."""
-        if self.state != "running" or len(self._step_times) < 2:
+        """Seconds of training left at the usual pace of the last 20 steps; None before three steps are known.
+
+        The median, because a clock that was set or a laptop that slept makes a step look hours long.
+        """
+        if self.state != "running" or len(self._step_seconds) < 2:
             return None
-        pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
-        return pace * (self.total_steps - self.step)
+        return statistics.median_low(self._step_seconds) * (self.total_steps - self.step)
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
@@ -158,7 +162,9 @@ class Progress:
             self.planned = event
         elif isinstance(event, Step):
             self.last = event
-            self._step_times.append(event.time)
+            if self._step_began is not None and event.time >= self._step_began:
+                self._step_seconds.append(event.time - self._step_began)
+            self._step_began = event.time
             if event.skipped:
                 self.skipped.append(event.step)
             if event.loss is not None:
@@ -169,9 +175,9 @@ class Progress:
             self.held_out.append((event.step, event.loss))
             self.held_out_loss = event.loss
             self.best = event if self.best is None or event.loss < self.best.loss else self.best
-            self._step_times.clear()  # the time of an evaluation is not the pace of a step
+            self._step_began = None  # the time of an evaluation is not the pace of a step
         elif isinstance(event, Sample):
-            self._step_times.clear()
+            self._step_began = None
         elif isinstance(event, CheckpointSaved):
             self.best_checkpoint = event if event.best else self.best_checkpoint
         elif isinstance(event, Asked):
@@ -201,7 +207,8 @@ class Progress:
         self.best = min((HeldOut(step=at, loss=loss) for at, loss in self.held_out), key=lambda seen: seen.loss, default=None)
         if self.best_checkpoint and self.best_checkpoint.step > step:
             self.best_checkpoint = None
-        self._step_times.clear()
+        self._step_seconds.clear()
+        self._step_began = None
 
     def status_line(self) -> str:
         """One line: name, what it is doing or how it ended, loss, time left."""
@@ -290,7 +297,8 @@ def log_line(event: Event) -> str:
         return f"{ASKED_WORDS[event.wish]} was asked for"
     if isinstance(event, Resumed):
         changed = "".join(f"; {name} {before} → {after}" for name, (before, after) in event.changes.items())
-        return (f"Goes on from step {event.step}" if event.checkpoint else "Begins again") + changed
+        reason = f"{event.reason}. " if event.reason else ""
+        return reason + (f"Goes on from step {event.step}" if event.checkpoint else "Begins again") + changed
     if event.state not in (None, "running"):
         end = Progress("")
         end.end = event

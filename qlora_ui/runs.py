@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import errno
 import json
@@ -17,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qlora_ui.config import RunConfig
+from qlora_ui.disk import lock_file, telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import AdapterSaved, Asked, CheckpointSaved, Event, Interrupted, Resumed, State, Step, Wish, decode, encode
 
@@ -25,7 +27,10 @@ DEFAULT_HOME = Path(__file__).resolve().parent.parent / "workspace"
 WISHES: tuple[Wish, ...] = ("discard", "stop", "pause")  # of several, the first is done
 DISCARDED = ".discarded-"
 TAIL_BYTES = 65536
-RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,51}")  # a name of up to 48, and -2 to -99 for the same second
+TORN = b" (torn)\n"  # what ends a line that was not written whole: no reader has seen it, and none will
+RESERVE_BYTES = 65536
+STAMP = "%Y%m%d-%H%M%S"
+RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,51}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,31 +66,36 @@ class Workspace:
 
     def lease(self) -> FileLock:
         """The lock of the device: whoever trains holds it, so that two apps on one workspace cannot train at once."""
-        return FileLock(self.root / "training.lock", thread_local=False)
+        return lock_file(self.root / "training.lock")
 
     def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> tuple[Run, FileLock]:
         """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-].
 
         The run's lock is held on return, and was before the config made the folder a run: nobody can find it orphaned.
         """
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            run = Run(folder=self.runs / f"{stamp}-{name}{suffix}")
-            try:
+        run = self._new_folder(name)
+        lock = run.lock()
+        try:
+            lock.acquire(timeout=0)
+            run.events_path.touch()
+            write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+        except BaseException:  # a full disk, say: what is no run must not stay
+            lock.release()
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+        return run, lock
+
+    def _new_folder(self, name: str) -> Run:
+        """An empty folder whose id sorts after all others, also when the clock was set back or two runs start within a second."""
+        while True:
+            newest = max((seen for seen in os.listdir(self.runs) if RUN_ID.fullmatch(seen)), default="")
+            moment = int(time.time())
+            with contextlib.suppress(ValueError):  # there is none, or one whose stamp is no date
+                moment = max(moment, calendar.timegm(time.strptime(newest[:15], STAMP)) + 1)
+            run = Run(folder=self.runs / f"{time.strftime(STAMP, time.gmtime(moment))}-{name}")
+            with contextlib.suppress(FileExistsError):  # somebody else took it just now
                 run.folder.mkdir()
-            except FileExistsError:
-                continue
-            lock = run.lock()
-            try:
-                lock.acquire(timeout=0)
-                run.events_path.touch()
-                write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time()})
-            except BaseException:  # a full disk, say: what is no run must not stay
-                lock.release()
-                shutil.rmtree(run.folder, ignore_errors=True)
-                raise
-            return run, lock
-        raise UserError("A hundred runs were started within one second; wait a second and start again.")
+                return run
 
     def get(self, run_id: str) -> Run:
         """The run of that id. Raises UserError when there is none, or when the id is no id."""
@@ -105,7 +115,7 @@ class Workspace:
     def live(self) -> Run | None:
         """The run that is training, in whichever process; one whose process was killed since is settled by the look."""
         self.settle()
-        return next((run for run in self._newest_first() if run.state() == "running"), None)
+        return next((run for run in self._newest_first() if run.state() == "running" and run.is_held()), None)
 
     def _newest_first(self) -> Iterator[Run]:
         for name in sorted(os.listdir(self.runs) if self.runs.is_dir() else (), reverse=True):
@@ -119,15 +129,14 @@ class Workspace:
             shutil.rmtree(left, ignore_errors=True)
         settled = []
         for run in self.all():
-            if run.state() != "running":
-                continue
-            try:
-                with run.lock().acquire(timeout=0):
-                    if run.state() == "running":  # it may have ended between the two looks
-                        run.append(Interrupted(step=run.last_step()))
-                        settled.append(run)
-            except Timeout:
-                continue  # somebody is training it
+            # Somebody trains it, it was deleted just now, or nothing can be written there: then it stays as it is.
+            with contextlib.suppress(OSError, UserError):
+                if run.state() == "running":
+                    with run.lock().acquire(timeout=0):
+                        if run.state() == "running":  # it may have ended between the two looks
+                            run.put_result_back()
+                            run.append(Interrupted(step=run.last_step()))
+                            settled.append(run)
         return settled
 
 
@@ -177,15 +186,24 @@ class Run:
 
     def lock(self) -> FileLock:
         """Held while the process that trains lives; the system frees it when that process dies."""
-        return FileLock(self.folder / "run.lock", thread_local=False)
+        return lock_file(self.folder / "run.lock")
+
+    def is_held(self) -> bool:
+        """Whether some process trains it, or writes in it otherwise."""
+        try:
+            self.lock().acquire(timeout=0).lock.release()
+        except Timeout:
+            return True
+        except (OSError, UserError):  # gone, or closed to writing: nobody trains there
+            return False
+        return False
 
     def ask(self, wish: Wish) -> None:
-        """Ask whoever trains it, in whichever process. Twice, or after the end, is no change."""
-        if self.state() != "running":
-            return
-        with contextlib.suppress(FileExistsError):  # of two who ask at once, one is first
-            (self.folder / wish).touch(exist_ok=False)
-            self.append(Asked(wish=wish))
+        """Ask whoever trains it, in whichever process. Twice, or after the end, is no change. Raises UserError when it cannot be asked."""
+        with telling_trouble(self.folder), contextlib.suppress(FileExistsError):  # of two who ask at once, one is first
+            if self.state() == "running":
+                (self.folder / wish).touch(exist_ok=False)
+                self.append(Asked(wish=wish))
 
     def wish(self) -> Wish | None:
         """What the owner asked for; of several wishes the one that ends more."""
@@ -194,6 +212,24 @@ class Run:
     def is_asked(self) -> bool:
         """Whether the training is to end at its next safe point, for whichever wish."""
         return self.wish() is not None
+
+    def beat(self) -> None:
+        """Leave a sign of life. In the clock of this machine's uptime, which nobody sets."""
+        now = time.monotonic()
+        heartbeat = self.folder / "heartbeat"
+        try:
+            os.utime(heartbeat, (now, now))
+        except FileNotFoundError:
+            if self.events_path.exists():  # else it is being deleted, and a new file would be in the way
+                heartbeat.touch()
+                os.utime(heartbeat, (now, now))
+
+    def silent_seconds(self) -> float:
+        """Seconds since whoever trains it gave a sign of life; 0 before the first."""
+        try:
+            return max(0.0, time.monotonic() - (self.folder / "heartbeat").stat().st_mtime)
+        except FileNotFoundError:
+            return 0.0
 
     def forget_wishes(self) -> None:
         """A run that goes on is not asked for anything yet."""
@@ -209,18 +245,32 @@ class Run:
     def append(self, event: Event) -> None:
         """Write one event. It is on its way to disk, whole, when this returns: a kill of the process cannot lose it."""
         line = encodable(encode(event) + "\n")
-        descriptor = os.open(self.events_path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._keep_room(event)
+        descriptor = os.open(self.events_path, os.O_RDWR | os.O_APPEND)  # never made here: a deleted run stays deleted
         try:
             if os.lseek(descriptor, 0, os.SEEK_END):
                 os.lseek(descriptor, -1, os.SEEK_END)
                 if os.read(descriptor, 1) != b"\n":
-                    line = b"\n" + line  # a full disk or a power cut tore the last line: it must not swallow this one
+                    line = TORN + line  # a full disk or a power cut tore the last line: it must not swallow this one
             if os.write(descriptor, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_path))
             if event.state is not None:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def _keep_room(self, event: Event) -> None:
+        """Hold a little of the disk from the run's beginning to its end, so that it can tell its end on a full one."""
+        reserve = self.folder / "reserve"
+        if event.state == "running" and not reserve.exists():
+            try:
+                reserve.write_bytes(os.urandom(RESERVE_BYTES))  # random, because some file systems store zeros in no room
+            except OSError:
+                reserve.unlink(missing_ok=True)
+                raise
+        elif event.state not in (None, "running"):
+            with contextlib.suppress(OSError):  # whether its end can be told is seen by telling it
+                reserve.unlink(missing_ok=True)
 
     def size(self) -> int:
         """Bytes of events so far: the cheap question whether anything is new."""
@@ -261,13 +311,21 @@ class Run:
             if file.is_file():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
-        replaced = self.folder / "adapter.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
         if self.adapter.exists():
-            self.adapter.rename(replaced)  # never deleted in place: half a folder must not bear the name
+            self.adapter.rename(self._replaced)  # never deleted in place: half a folder must not bear the name
         aside.rename(self.adapter)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
         self.append(AdapterSaved(step=step))
+
+    @property
+    def _replaced(self) -> Path:
+        return self.folder / "adapter.replaced"
+
+    def put_result_back(self) -> None:
+        """Undo a publishing that was killed between its two renames: the result before it is the result."""
+        if self._replaced.exists() and not self.adapter.exists():
+            self._replaced.rename(self.adapter)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from qlora_ui import presets
-from qlora_ui.config import RunConfig
+from filelock import Timeout
+
+from qlora_ui import checkpoints, isolation, presets
+from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
 from qlora_ui.data.formats import Message
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
-from qlora_ui.progress import Progress
+from qlora_ui.progress import Progress, duration
+from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
 
 Side = tuple[Literal["adapter", "base"], Sequence[Message]]
 """Who is asked, and the conversation up to the question."""
+SILENT_SECONDS = 120.0  # more than a step takes on what most people have; a page says so then
+DEAD_SECONDS = 3.0  # without a sign of life, after which a look asks whether the process is there at all
 
 
 class Chat(Protocol):
@@ -95,6 +102,11 @@ class Watch:
             return progress
 
 
+def restart_process() -> None:
+    """Begin this process anew with the command it was begun with, in a moment: whoever asks for it is answered before."""
+    threading.Timer(0.5, os.execv, (sys.executable, [sys.executable, *sys.orig_argv[1:]])).start()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Services:
     """All that a screen may use."""
@@ -105,6 +117,9 @@ class Services:
     watch: Watch
     inspector: Inspector
     hardware: Callable[[], Hardware | None]
+    restart: Callable[[], None] = restart_process
+    _isolated: dict[str, bool] = field(default_factory=dict, init=False)
+    """The runs that this process set going, and whether it did so in a process of their own."""
 
     def check_data(self, config: RunConfig) -> None:
         """Raise UserError when the data cannot be read, none of it can be kept, or none of its tokens would be trained."""
@@ -114,7 +129,7 @@ class Services:
             if seen is not None and seen.problem:
                 raise UserError(seen.problem, field="max_seq_len")
 
-    def start(self, config: RunConfig) -> Run:
+    def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
         """Start a training asked for by a page: its paths lie inside the workspace, its code is the owner's choice. Raises UserError."""
         sources.check(config.data.data, self.workspace.root)
         if self._is_elsewhere(config.model.model):
@@ -128,7 +143,96 @@ class Services:
                 "--set trust_remote_code=true, or write a preset file for it.",
                 field="trust_remote_code",
             )
-        return self.jobs.start(config)
+        run = self.jobs.start(config, isolated=isolated)
+        self._isolated[run.id] = isolated
+        return run
+
+    def resume(self, run: Run, changes: Mapping[str, Any] | None = None, *, isolated: bool = False) -> None:
+        """Go on with a run that rests. One that goes on already is left to whoever was quicker. Raises UserError when it may not."""
+        if self.workspace.live() == run and not changes:
+            return
+        self._wake(run)
+        self.jobs.resume(run, changes, isolated=isolated)
+        self._isolated[run.id] = isolated
+
+    def stop(self, run: Run) -> None:
+        """End the run and keep its adapter, also that of a run that rests. Twice is no error. Raises UserError when it is in use."""
+        self._wake(run)
+        self.jobs.stop(run)
+
+    def _wake(self, run: Run) -> None:
+        """What rested has to give its next sign of life from now on, not from its last."""
+        if run.state() != "running":
+            run.beat()
+
+    def find(self, run_id: str) -> Run | None:
+        """The run of that id, or None when it was discarded since."""
+        try:
+            return self.workspace.get(run_id)
+        except UserError:
+            return None
+
+    def differences(self, run: Run, config: RunConfig) -> dict[str, Any]:
+        """The settings that are others in a config than in the run's own."""
+        own = run.config().values()
+        return {name: value for name, value in config.values().items() if value != own[name]}
+
+    def check_resume(self, run: Run, changes: Mapping[str, Any]) -> None:
+        """Raise UserError when the run may not go on with these settings changed."""
+        fixed = [name for name in changes if name not in CHANGEABLE and KNOBS[name].section != "schedule"]
+        if len(fixed) > 1:
+            raise UserError(
+                f"{', '.join(fixed)} are others than in {run.name}, and cannot change on the way. "
+                "Use this run's settings, or start a new run.",
+                field=fixed[0],
+            )
+        config, progress = changed(run.config(), changes), self.watch.progress(run)
+        if progress.state == "finished":
+            check_goes_on(run, config, progress.step)
+
+    def checkpoints(self, run: Run) -> int:
+        """How many checkpoints the run says are complete. A look at names only."""
+        return sum((folder / checkpoints.SEAL).exists() for folder in checkpoints.all_of(run))
+
+    def glance(self) -> str:
+        """What there is to see: another text when a page must redraw. It costs a folder listing and a few stats."""
+        run = self.workspace.newest()
+        device = "device" if self.hardware() else "no device yet"
+        try:
+            silence = self.silence(run) if run else ""
+            return f"{run.id} {run.size()} {silence} {device}" if run else f"no run {device}"
+        except FileNotFoundError:  # discarded between the two looks
+            return f"a run is gone {device}"
+
+    def silence(self, run: Run) -> str:
+        """What there is to say of a run that runs and gives no sign of life; empty for all others. A dead one is settled by the look."""
+        seconds = run.silent_seconds()
+        if seconds < DEAD_SECONDS or self.watch.progress(run).state != "running":
+            return ""
+        if self._is_dead(run):
+            self.workspace.settle()
+            return ""
+        if seconds < SILENT_SECONDS:
+            return ""
+        grace = f"; its process is ended after {duration(isolation.GRACE_SECONDS)}" if self._isolated.get(run.id) else ""
+        return f"no sign of life for {duration(seconds)}{grace}"
+
+    def hangs_here(self, run: Run) -> bool:
+        """Whether it gives no sign of life in a thread of this process, which nobody can end."""
+        return self._isolated.get(run.id) is False and bool(self.silence(run))
+
+    def restart_app(self, run: Run) -> None:
+        """Begin the app anew, after which a run that hung in it can go on. Raises UserError while it does not hang."""
+        if not self.hangs_here(run):
+            raise UserError(f"{run.id} gives signs of life, so that the app need not be restarted. Pause or stop the run.")
+        self.restart()
+
+    def _is_dead(self, run: Run) -> bool:
+        try:
+            with run.lock().acquire(timeout=0):
+                return True
+        except Timeout:
+            return False
 
     def _is_allowed(self, config: RunConfig) -> bool:
         """Whether the owner's own preset file lets this very model run its code."""

@@ -1,4 +1,4 @@
-"""How work is stopped at its owner's wish. Knows nothing of anything else in this project."""
+"""How work ends before its end: at its owner's wish, or for want of memory. Knows nothing of the rest but the person's errors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,25 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Event
 from typing import TypeVar
 
+from qlora_ui.errors import UserError
+
 Result = TypeVar("Result")
 
 
 class Cancelled(Exception):
     """The owner asked to stop; raised at the next safe point of whatever was running, and no error."""
+
+
+class OutOfMemory(Exception):
+    """An allocation failed. Nothing of the attempt is held any more, so whoever began it may begin it again with less."""
+
+
+class Diverged(UserError):
+    """Loss or gradients were not finite in too many steps in a row, of which `first_step` was the first."""
+
+    def __init__(self, message: str, *, first_step: int) -> None:
+        super().__init__(message, field="learning_rate")
+        self.first_step = first_step
 
 
 def abandonable(call: Callable[[], Result], should_stop: Callable[[], bool]) -> Result:

@@ -16,6 +16,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
+# Two threads that wait for each other make a tiny model a hundred times slower as soon as somebody else wants a core.
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 CHROMIUM_FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
 expect.set_options(timeout=30_000)  # a busy machine is no failure
 if hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -36,7 +38,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "app.py", "--port", str(self.port), "--home", str(home)]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **ENVIRONMENT}
         )
         self.output: list[str] = []
         assert self.process.stdout is not None

@@ -247,6 +247,8 @@ def test_check_data_ends_with_2_when_nothing_would_be_trained(
     out, err = capsys.readouterr()
     assert json.loads(out)["tokens_trained"] == 0
     assert err.startswith("0 % of the tokens would be trained")
+    assert main(check_data(tmp_path / "rows.json", max_seq_len=32)) == 2
+    assert "Left out: row 1: has no token to train on within max_seq_len 32" in capsys.readouterr().out
 
 
 def test_check_data_explains_every_row_when_none_can_be_used(

@@ -135,6 +135,13 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, text: str) ->
         prepare(str(tmp_path / name))
 
 
+def test_more_rows_than_can_be_explained_one_by_one_end_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MAX_DROPPED", 2)
+    assert len(prepare(save(tmp_path, "a.jsonl", [pair("Q"), {}, {}])).report.dropped) == 2
+    with pytest.raises(UserError, match=r"^Row 2 of a.jsonl: no known format; columns: none. More than 2 rows cannot be used. Choose the"):
+        prepare(save(tmp_path, "a.jsonl", [pair("Q"), {}, {}, {}]))
+
+
 def test_column_names_of_a_strange_row_cannot_break_the_report(tmp_path: Path) -> None:
     rows = [{"\ud800": 1, **{f"column {number}" * 20: 1 for number in range(50)}}, pair("a")]
     data = prepare(save(tmp_path, "strange.json", rows))
@@ -309,7 +316,7 @@ def test_answers_that_are_missing_are_counted(tmp_path: Path) -> None:
 def test_dropped_rows_can_be_taken_away_as_they_are(tmp_path: Path) -> None:
     reference = save(tmp_path, "a.jsonl", [pair("a"), pair("b", ""), 7])
     data = DataConfig(data=reference)
-    assert list(dropped_rows(data, checks.prepare(data).report)) == [
+    assert list(dropped_rows(data, checks.prepare(data).report.dropped)) == [
         {"row": 2, "reason": "has no answer: 'completion' is empty", "values": pair("b", "")},
         {"row": 3, "reason": "line 3 is 7, not an object with named columns", "values": None},
     ]

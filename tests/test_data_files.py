@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import io
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_rows import ROWS, lines, put
 
-from qlora_ui.data import files, streams
+from qlora_ui.data import files, json_text, streams
 from qlora_ui.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -303,12 +304,49 @@ def test_a_table_row_over_the_limit_ends_the_reading(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_json_over_the_limit_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+def test_a_json_object_over_the_limit_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 1000)
-    content = json.dumps([{"a": "x" * 1000}]).encode()
+    content = json.dumps({"rows": [{"a": "x" * 1000}]}).encode()
     path = put(tmp_path / "a.json.gz", gzip.compress(content)) if packed else put(tmp_path / "a.json", content)
-    said = f"{path.name} is larger than 1,000 bytes, and JSON is read as a whole: save it as JSON Lines (.jsonl)."
+    said = f"{path.name} is one object of more than 1,000 bytes, read as a whole: save its rows as a list or as JSON Lines (.jsonl)."
     assert refusal(path) == said
+
+
+def test_an_array_and_lines_over_the_limit_of_an_object_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 1000)
+    rows = [{"a": "x" * 100, "b": [number, {"c": -1.5e3}]} for number in range(20)]
+    assert values(put(tmp_path / "array.json", json.dumps(rows))) == rows
+    assert values(put(tmp_path / "lines.json", lines(rows))) == rows
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=4), st.one_of(st.text(max_size=9), st.integers(), st.floats(), st.none()))),
+    piece=st.integers(1, 20),
+    indent=st.sampled_from([None, 0, 2]),
+)
+def test_an_array_is_read_the_same_in_pieces_of_any_size(rows: list[dict[str, Any]], piece: int, indent: int | None) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(json_text, "_PIECE", piece)
+        text = json.dumps(rows, indent=indent)
+        assert repr(list(json_text.items(io.StringIO(f"\n {text} ")))) == repr(rows)
+        for broken in (text[:-1], f"{text},", f"[{text[:-1]} {{}} {{}}]"):
+            with pytest.raises(json_text.NotJson) as ours:
+                list(json_text.items(io.StringIO(broken)))
+            with pytest.raises(json.JSONDecodeError) as pythons:
+                json.loads(broken)
+            assert f"line {pythons.value.lineno}, column {pythons.value.colno}" in str(ours.value)
+
+
+def test_an_item_of_an_array_that_does_not_end_is_refused_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 1000)
+    path = put(tmp_path / "a.json", '[{"a": 1},\n {"a": "' + "x" * 300_000)
+    assert refusal(path) == "a.json holds an item longer than 1,000 bytes, from line 2, column 2: remove or divide it."
+
+
+def test_an_array_is_read_row_by_row_so_that_the_first_are_there_at_once(tmp_path: Path) -> None:
+    read = files.rows(put(tmp_path / "a.json", "[" + '{"a": 1},' * 200_000 + "nonsense"))
+    assert next(read) == {"a": 1}
 
 
 def test_a_table_of_one_long_text_stored_once_is_refused_as_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +401,7 @@ def test_a_line_of_one_gibibyte_takes_little_memory(tmp_path: Path) -> None:
     assert said == [
         "[{'a': 1}, 'line 2 is longer than 16 MiB']",
         "a.csv is not valid CSV: the row that begins at line 3 is longer than 16 MiB; a quote may not be closed there.",
-        "a.json is larger than 512 MiB, and JSON is read as a whole: save it as JSON Lines (.jsonl).",
+        "a.json is not valid JSON: Invalid control character at line 1, column 9; mend the file there or export it again.",
     ]
     assert int(peak_mib) < 500
 

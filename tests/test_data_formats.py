@@ -153,6 +153,19 @@ def test_a_table_of_mixed_rows_is_told_by_what_is_filled() -> None:
     assert detect({"messages": [], "instruction": "", "prompt": "Hi", "completion": "Hello.", "output": ""}) == "prompt-completion"
 
 
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"instruction": "Say", "input": "", "output": "", "text": "Below is an instruction ... ### Response:"}, "alpaca"),  # as in Alpaca
+        ({"instruction": None, "output": None, "question": "Who?", "answer": None, "text": "Who?"}, "question-answer"),
+    ],
+)
+def test_a_question_without_an_answer_is_not_trained_on_as_the_text_beside_it(row: dict[str, Any], format: str) -> None:
+    assert detect(row) == format
+    with pytest.raises(EmptyAnswer):
+        to_conversations(row, format)
+
+
 def test_whitespace_of_a_turn_is_kept_where_the_format_has_columns_for_it() -> None:
     row = {"prompt": "  Hi\n", "completion": "\tHello. "}
     assert [message.content for message in to_messages(row, "prompt-completion")] == ["  Hi\n", "\tHello. "]

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from qlora_ui.events import KINDS, Event, Log, Step, decode, encode, finite
 
 floats = st.floats(allow_nan=False, allow_infinity=False)
-changes = st.dictionaries(st.text(), st.lists(st.integers() | floats | st.text() | st.booleans(), min_size=2, max_size=2), max_size=3)
-BY_TYPE = {float: floats, float | None: st.none() | floats, dict[str, list[Any]]: changes}
 
 
-def events_of(kind: type[Event]) -> st.SearchStrategy[Event]:
+def events_of(kind: type[Event], text: st.SearchStrategy[str]) -> st.SearchStrategy[Event]:
+    """Any event of a kind whose texts are such."""
+    changes = st.dictionaries(text, st.lists(st.integers() | floats | text | st.booleans(), min_size=2, max_size=2), max_size=3)
+    by_type = {str: text, float: floats, float | None: st.none() | floats, dict[str, list[Any]]: changes}
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in ("kind", "state")}
-    return st.builds(kind, **{name: BY_TYPE.get(hint, st.from_type(hint)) for name, hint in hints.items()})
+    return st.builds(kind, **{name: by_type.get(hint, st.from_type(hint)) for name, hint in hints.items()})
 
 
-any_event = st.one_of([events_of(kind) for kind in KINDS.values()])
+any_event = st.one_of([events_of(kind, st.text()) for kind in KINDS.values()])
 any_json = st.recursive(
     st.none() | st.booleans() | st.integers() | floats | st.text() | st.sampled_from(sorted(KINDS)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("kind"), inner, max_size=3),

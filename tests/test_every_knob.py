@@ -17,8 +17,9 @@ from qlora_ui.engine import model as engine_model
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, quantization_config
 from qlora_ui.engine.train import read_rows, train, training_arguments
+from qlora_ui.engine.watch import FiniteSteps
 from qlora_ui.errors import UserError
-from qlora_ui.events import HeldOut, Log, Sample
+from qlora_ui.events import HeldOut, Log, Sample, Step
 from qlora_ui.runs import Run, Workspace
 
 TEMPLATE = (
@@ -95,12 +96,26 @@ def asked_of_the_hub(run: Run) -> Any:
     return asked
 
 
+def kept(run: Run) -> list[str]:
+    """The checkpoints that are left at its end."""
+    jobs.execute(run, train)
+    return sorted(folder.name for folder in run.folder.glob("checkpoint-*"))
+
+
 def told(run: Run) -> Any:
     """What a whole training says: log lines but for those that hold measurements of the machine, samples, and held-out losses."""
     jobs.execute(run, train)
     log = [event.text for event in tiny.events_of(run, Log) if "GiB" not in event.text and "Device" not in event.text]
     samples = [(event.step, event.prompt, event.adapter) for event in tiny.events_of(run, Sample)]
     return run.state(), log, samples, [event.loss for event in tiny.events_of(run, HeldOut)]
+
+
+def after_divergence(run: Run) -> list[float]:
+    """The learning rates of a training whose loss is never finite."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FiniteSteps, "take", lambda self, loss: self.__dict__.update(loss_is_finite=loss.isnan()) or loss)
+        jobs.execute(run, train)
+    return [event.learning_rate for event in tiny.events_of(run, Step)]
 
 
 Look = Callable[[Run], Any]
@@ -155,13 +170,14 @@ SEEN: dict[str, tuple[Any, Look] | tuple[Any, Look, dict[str, Any]]] = {
     "max_grad_norm": (1, arguments),
     "weight_decay": (0.1, arguments),
     "neftune_noise_alpha": (5, arguments),
+    "on_divergence": ("go_back", after_divergence, {"max_steps": 12}),
     "group_by_length": (True, arguments),
     "packing": ("off", told, {"max_steps": 1}),
     "gradient_checkpointing": ("on", told, {"max_steps": 1}),
     "seed": (7, arguments),
     "eval_steps": (1, arguments),
     "save_steps": (1, arguments),
-    "save_total_limit": (5, arguments),
+    "save_total_limit": (5, kept, {"max_steps": 4, "save_steps": 1}),
     "early_stopping_patience": (1, told, {"max_steps": 4, "eval_steps": 1, "learning_rate": 1.0}),
     "keep": ("best", told, {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "learning_rate": 1.0}),
     "sample_every": (1, told, {"max_steps": 1}),

@@ -121,6 +121,24 @@ def test_nothing_to_train_on_is_a_problem_with_its_remedy(inspector: Inspector, 
     assert seen.problem.startswith("0 % of the tokens would be trained: no row has an answer within max_seq_len 32.")
 
 
+def test_a_template_that_marks_nothing_is_named_as_the_reason_that_nothing_is_trained(inspector: Inspector, tmp_path: Path) -> None:
+    marked = "{% for turn in messages %}{% generation %}{% endgeneration %}{{ turn.content }}{% endfor %}"
+    seen = last(inspector.look(config(many(tmp_path / "a.jsonl", 5), prompt_format="custom", chat_template=marked)))
+    assert seen.problem.startswith("0 % of the tokens would be trained, at any max length: the prompt format marks nothing")
+
+
+@pytest.mark.parametrize(
+    ("long_rows", "reason"), [("drop", "is longer than max_seq_len 32"), ("truncate", "has no token to train on within max_seq_len 32")]
+)
+def test_kept_rows_that_are_not_trained_on_are_named_with_the_reason(
+    inspector: Inspector, tmp_path: Path, long_rows: str, reason: str
+) -> None:
+    rows = [{"prompt": "Hi", "completion": "Ho"}, {"prompt": "word " * 99, "completion": "Yes."}, {"prompt": "Hi", "completion": "So"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    seen = last(inspector.look(config(str(tmp_path / "a.json"), max_seq_len=32, long_rows=long_rows)))
+    assert seen.left_out == (checks.Dropped(row=2, reason=reason),)
+
+
 def test_what_cannot_be_read_is_one_sentence(inspector: Inspector, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"foo": 1}\n')
     with pytest.raises(UserError, match="no known format; columns: foo"):

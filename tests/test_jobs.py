@@ -145,7 +145,7 @@ def test_training_with_no_data_is_refused_at_once_and_leaves_no_folder(workspace
 def test_a_start_that_breaks_off_gives_the_lease_back(workspace: Workspace, rows: Path) -> None:
     jobs = Jobs(workspace, Gated())
     workspace.runs.rmdir()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=f"The folder {workspace.runs} is gone"):
         jobs.start(tiny.tiny_config(rows))
     workspace.runs.mkdir()
     ended(jobs)

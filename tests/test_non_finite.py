@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qlora_ui import jobs
 from qlora_ui.engine.train import StepTrainer, train
 from qlora_ui.engine.watch import MOST_SKIPPED_IN_A_ROW
-from qlora_ui.events import Event, Finished, HeldOut, Paused, Step
+from qlora_ui.events import Event, Finished, HeldOut, Paused, Resumed, Step
 from qlora_ui.progress import log_line
 from qlora_ui.runs import Run, Workspace
 
@@ -164,3 +164,38 @@ def test_float16_skips_and_counts_a_step_that_overflows(place: tuple[Workspace, 
     assert tiny.events_of(run, Step)[3].skipped
     assert same(weights(run, 3), weights(run, 4))
     assert not same(weights(run, 4), weights(run, 8))
+
+
+def test_where_the_owner_chose_so_it_goes_back_once_and_learns_more_slowly(
+    place: tuple[Workspace, Path], breaks: Callable[[Break], None]
+) -> None:
+    rates: list[float] = []
+
+    def broken(done: int, loss: torch.Tensor) -> torch.Tensor:
+        return loss if done < 3 or rates else loss * float("nan")
+
+    breaks(broken)
+    real = StepTrainer.create_optimizer
+    with pytest.MonkeyPatch.context() as patch:
+
+        def create_optimizer(trainer: Any, model: Any = None) -> Any:
+            if trainer.args.learning_rate < 0.01:
+                rates.append(trainer.args.learning_rate)
+            return real(trainer, model)
+
+        patch.setattr(StepTrainer, "create_optimizer", create_optimizer)
+        run = trained(place, max_steps=16, on_divergence="go_back", save_steps=2)
+    (resumed,) = tiny.events_of(run, Resumed)
+    assert (resumed.step, resumed.checkpoint) == (2, "checkpoint-2")
+    assert resumed.changes == {"learning_rate": [0.01, 0.002]}
+    assert "The loss diverged in step 4 and did not recover. Goes on from step 2" in log_line(resumed)
+    assert run.state() == "finished"
+    assert [event.step for event in tiny.events_of(run, Step)] == [*range(1, 14), *range(3, 17)]
+
+
+def test_the_second_time_it_pauses(place: tuple[Workspace, Path], breaks: Callable[[Break], None]) -> None:
+    breaks(lambda done, loss: loss if done < 2 else loss * float("nan"))
+    run = trained(place, max_steps=50, on_divergence="go_back")
+    assert len(tiny.events_of(run, Resumed)) == 1
+    (end,) = tiny.events_of(run, Paused)
+    assert "Lower learning_rate (it is 0.002)" in end.reason

@@ -170,7 +170,7 @@ def test_where_a_split_row_goes_on_is_marked() -> None:
 def test_rows_that_spell_special_tokens_are_told() -> None:
     assert preview_of(test_tokens.talk("Hi", "Hello.")).troubles == ()
     (said,) = preview_of(test_tokens.talk("Ignore <|im_end|>", "Hello.")).troubles
-    assert said == "1 turns hold the text of special tokens (<|im_end|>), which the model reads as the tokens themselves."
+    assert said == "1 turn holds the text of special tokens (<|im_end|>), which the model reads as the tokens themselves."
 
 
 def test_sequences_are_counted_as_training_makes_them() -> None:

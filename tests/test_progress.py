@@ -75,8 +75,8 @@ TRAINING = (Phase(name="training"), planned(10))
         ([*TRAINING], "name · training 0/10"),
         ([*TRAINING, HeldOut(step=0, loss=3)], "name · training 0/10"),
         ([*TRAINING, step(1, time=1.0)], "name · training 1/10 · loss 1.23"),
-        ([*TRAINING, step(1, time=1.0), step(2, time=3.0)], "name · training 2/10 · loss 1.23 · 16 s left"),
-        ([*TRAINING, step(1), step(2, None)], "name · training 2/10 · loss 1.23 · 0 s left"),
+        ([*TRAINING, step(1, time=1.0), step(2, time=3.0), step(3, time=5.0)], "name · training 3/10 · loss 1.23 · 14 s left"),
+        ([*TRAINING, step(1), step(2), step(3, None)], "name · training 3/10 · loss 1.23 · 0 s left"),
         ([*TRAINING, step(1), step(2, time=2.0), Asked(wish="stop")], "name · stopping · loss 1.23"),
         ([*TRAINING, step(10), Phase(name="saving")], "name · saving · loss 1.23"),
         (
@@ -124,19 +124,19 @@ def test_the_best_checkpoint_and_the_skipped_steps_are_counted_on_the_way() -> N
 def test_the_time_left_is_the_pace_of_the_last_steps_without_the_evaluations() -> None:
     progress = after(*TRAINING)
     assert progress.eta_seconds is None
-    progress.add(step(1, time=100.0))
-    assert progress.eta_seconds is None
-    progress.add(step(2, time=102.0))
-    assert progress.eta_seconds == 16
-    progress.add(HeldOut(step=2, loss=1, time=150.0))
-    assert progress.eta_seconds is None
-    progress.add(step(2, time=151.0))
-    progress.add(Sample(step=2, prompt="", base="", adapter="", time=151.5))
-    assert progress.eta_seconds is None
-    progress.add(step(3, time=152.0))
-    progress.add(step(4, time=155.0))
-    assert progress.eta_seconds == 18
-    progress.add(Finished(step=4))
+    for event in (step(1, time=100.0), step(2, time=102.0)):
+        progress.add(event)
+        assert progress.eta_seconds is None
+    progress.add(step(3, time=104.0))
+    assert progress.eta_seconds == 14
+    progress.add(HeldOut(step=3, loss=1, time=150.0))
+    progress.add(step(4, time=151.0))
+    progress.add(Sample(step=4, prompt="", base="", adapter="", time=181.5))
+    progress.add(step(5, time=182.0))
+    assert progress.eta_seconds == 10
+    progress.add(step(6, time=184.0))
+    assert progress.eta_seconds == 8
+    progress.add(Finished(step=6))
     assert progress.eta_seconds is None
 
 

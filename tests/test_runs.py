@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import tiny
 from filelock import Timeout
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qlora_ui import runs
 from qlora_ui.config import RunConfig
@@ -32,7 +30,6 @@ from qlora_ui.events import (
     Phase,
     Step,
     Stopped,
-    encode,
 )
 from qlora_ui.runs import ENV, Run, Workspace
 
@@ -71,87 +68,6 @@ def holder(run: Run) -> Iterator[subprocess.Popen[str]]:
         assert child.stdout.readline() == "held\n"
         yield child
         child.kill()
-
-
-# Reading while it is written ---------------------------------------------------------------------------------------------
-
-lines = st.lists(
-    st.one_of(
-        st.builds(Log, time=st.just(0.0), text=st.text(st.characters(exclude_categories=["Cs"]))).map(encode),
-        st.just(encode(step(1))),
-        st.sampled_from(["", '{"kind": "of next year"}', "not json", '{"kind": "log"}', "[1]", "\x85 \u2028 é"]),
-    ),
-    max_size=8,
-)
-
-
-@given(lines, st.data())
-def test_readers_see_whole_lines_only_wherever_the_file_ends(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[str], data: st.DataObject
-) -> None:
-    run = Run(folder=tmp_path_factory.mktemp("run"))
-    content = "".join(line + "\n" for line in lines).encode()
-    everything = [event for event in map(runs.decode, lines) if event is not None]
-    readers: list[tuple[list[Event], int]] = [([], 0) for _ in range(3)]
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=6)))
-    for cut in [*cuts, len(content)]:
-        run.events_path.write_bytes(content[:cut])
-        who = data.draw(st.sets(st.integers(0, 2))) if cut < len(content) else {0, 1, 2}
-        for reader in who:
-            seen, offset = readers[reader]
-            more, after = run.read(offset)
-            assert offset <= after <= cut
-            assert content[:after].endswith(b"\n") or after == 0
-            readers[reader] = ([*seen, *more], after)
-            assert readers[reader][0] == everything[: len(seen) + len(more)]
-    assert [reader for reader in readers if reader != (everything, len(content))] == []
-
-
-def test_every_reader_sees_every_event_of_several_writers_once(run: Run) -> None:
-    def write(writer: int) -> None:
-        for number in range(50):
-            run.append(Log(text=f"{writer} {number} " + "x" * 500))
-
-    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
-    for writer in writers:
-        writer.start()
-    texts, offset = [], 0
-    while len(texts) < 150 and any(writer.is_alive() for writer in writers):
-        events, offset = run.read(offset)
-        texts += [event.text for event in events if isinstance(event, Log)]
-    for writer in writers:
-        writer.join()
-    texts += [event.text for event in run.read(offset)[0] if isinstance(event, Log)]
-    assert len(texts) == len(set(texts)) == 150
-    for writer in range(3):
-        assert [text.split()[1] for text in texts if text.startswith(f"{writer} ")] == [str(number) for number in range(50)]
-
-
-def test_a_torn_line_is_not_there_and_does_not_swallow_the_next(run: Run) -> None:
-    with run.events_path.open("ab") as file:
-        file.write(encode(step(3)).encode()[:-5])
-    before, offset = run.read()
-    assert [event.step for event in before if isinstance(event, Step)] == [1, 2]
-    run.append(step(4))
-    assert [event for event in run.read(offset)[0] if isinstance(event, Step)] == tiny.events_of(run, Step)[2:]
-    assert run.last_step() == 4
-
-
-def test_settling_a_run_whose_last_line_was_torn_by_the_kill_ends_it(workspace: Workspace, run: Run) -> None:
-    with run.events_path.open("ab") as file:
-        file.write(b'{"kind": "st')
-    assert workspace.settle() == [run]
-    assert run.state() == "interrupted"
-
-
-@pytest.mark.parametrize("text", ["a\nb\r\nc", "\u2028\x85\x0b", "Grüße, 你好 🦙", "lone \udcff surrogate"])
-def test_any_text_comes_back_from_the_folder(workspace: Workspace, text: str) -> None:
-    run = tiny.tiny_run(workspace, f"{text}.json")
-    run.append(Log(text=text))
-    run.note(about=text)
-    assert [event.text for event in tiny.events_of(run, Log)] == [text]
-    assert run.config().data.data == f"{text}.json".strip()
-    assert run.facts()["about"] == text
 
 
 # State and its settling ----------------------------------------------------------------------------------------------------
@@ -251,12 +167,16 @@ def test_a_new_run_is_locked_and_holds_its_config(workspace: Workspace) -> None:
     assert not list(run.folder.glob("*.partial"))
 
 
-def test_runs_of_the_same_second_are_all_found_also_with_the_longest_name(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.time, "strftime", lambda form, moment: "20261122-100139")
-    name = "n" * 48
-    made = [tiny_lock_free(workspace, name) for _ in range(12)]
-    assert len({run.id for run in made}) == 12
-    assert {run.id for run in workspace.all()} == {run.id for run in made}
+@pytest.mark.parametrize("seconds", [0, -7 * 3600, 7 * 3600])
+def test_every_new_run_sorts_after_all_others_whatever_the_clock_says(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    made = []
+    for number in range(12):
+        monkeypatch.setattr(runs.time, "time", lambda number=number: 1_795_000_000.0 + number * seconds)
+        made.append(tiny_lock_free(workspace, f"{'z' if number % 2 else 'a'}" * 48))
+        assert workspace.newest() == made[-1]
+    assert workspace.all() == made[::-1]
     assert [workspace.get(run.id) for run in made] == made
 
 
@@ -273,11 +193,10 @@ def test_a_run_that_cannot_be_written_down_leaves_no_folder(workspace: Workspace
     assert list(workspace.runs.iterdir()) == []
 
 
-def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace) -> None:
     assert workspace.newest() is None
     for stamp in ("20261122-100139", "20270101-000000", "20261122-100140"):
-        monkeypatch.setattr(runs.time, "strftime", lambda form, moment, stamp=stamp: stamp)
-        tiny_lock_free(workspace, "a")
+        tiny_lock_free(workspace, "a").folder.rename(workspace.runs / f"{stamp}-a")
     (workspace.runs / "20280101-000000-no-config").mkdir()
     (workspace.runs / "notes").mkdir()
     (workspace.runs / ".DS_Store").touch()

@@ -50,6 +50,14 @@ def test_nothing_is_wrong_with_the_formats_of_this_app(template: str, train_on: 
     assert troubles(tokenizer(template), ROWS, train_on, [2]) == []
 
 
+def test_a_system_prompt_that_the_template_adds_is_told_where_rows_have_none() -> None:
+    own = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe nice.<|im_end|>\\n' }}{% endif %}"
+    (said,) = troubles(tokenizer(own + tiny.CHAT_TEMPLATE), ROWS, "assistant")
+    assert said.startswith("The prompt format puts a system prompt of its own before rows that have none ('<|im_start|>system\\nBe nice.")
+    with_system = Conversation(row=1, messages=(Message(role="system", content="S"), *ROWS[0].messages))
+    assert troubles(tokenizer(own + tiny.CHAT_TEMPLATE), [with_system], "assistant") == []
+
+
 def test_turns_that_end_with_no_token_are_told() -> None:
     (said,) = troubles(tokenizer(ROLES + "\n" + NEXT), ROWS, "assistant")
     assert said.startswith("The assistant's turns end in ordinary text (… 'ant: Answer.')")

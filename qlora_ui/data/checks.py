@@ -20,6 +20,7 @@ from qlora_ui.data.formats import BadRow, EmptyAnswer, Message
 from qlora_ui.errors import UserError
 
 ROWS_FILE, HELD_OUT_FILE, REPORT_FILE = "rows.jsonl", "held_out.jsonl", "report.json"
+MAX_DROPPED = 1_000_000  # each is told with its reason, and a file of a few megabytes can hold thousands of millions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +140,13 @@ def _prepare_split(
     tally = _Tally()
     for raw in islice(sources.read(reference, within, should_stop, on_progress), limit):
         tally.add(raw, data.data_format, names)
+        if len(tally.dropped) > MAX_DROPPED:
+            raise UserError(_unusable(reference, f"More than {MAX_DROPPED:,} rows cannot be used.", tally.dropped[0]), field="data")
     if not tally.read:
         raise UserError(f"{sources.shown(reference)} has no rows: choose another file.", field="data")
     if not tally.conversations:
-        raise NothingKept(_nothing_kept(reference, tally.read, tally.dropped[0]), tally.report(reference))
+        others = f"None of the {tally.read:,} rows can be used." if tally.read > 1 else ""
+        raise NothingKept(_unusable(reference, others, tally.dropped[0]), tally.report(reference))
     return DataSet(conversations=tuple(tally.conversations), report=tally.report(reference))
 
 
@@ -234,20 +238,19 @@ def _convert(raw: sources.RawRow, format: str, names: Mapping[str, str]) -> tupl
     return found, unused, formats.to_conversations(row, found)
 
 
-def dropped_rows(data: DataConfig, report: Report, within: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The dropped rows as they stand in the source, each with its number and reason. Reads the source again."""
-    reasons = {dropped.row: dropped.reason for dropped in report.dropped}
+def dropped_rows(data: DataConfig, dropped: Iterable[Dropped], within: Path | None = None) -> Iterator[dict[str, Any]]:
+    """These rows as they stand in the source, each with its number and reason. Reads the source again."""
+    reasons = {row.row: row.reason for row in dropped}
     for raw in sources.read(data.data, within):
         if raw.number in reasons:
             yield {"row": raw.number, "reason": reasons[raw.number], "values": raw.values}
 
 
-def _nothing_kept(reference: str, read: int, first: Dropped) -> str:
+def _unusable(reference: str, others: str, first: Dropped) -> str:
     remedy = "Mend the rows, or choose another data set."
     if first.reason.startswith((_UNKNOWN, "has no column")):
         remedy = "Choose the format and map its columns, or bring conversations as messages."
-    others = f" None of the {read:,} rows can be used." if read > 1 else ""
-    return f"Row {first.row} of {sources.shown(reference)}: {first.reason}.{others} {remedy}"
+    return " ".join(filter(None, [f"Row {first.row} of {sources.shown(reference)}: {first.reason}.", others, remedy]))
 
 
 def _fingerprint(conversations: Iterable[Conversation]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import tempfile
 from collections import Counter
@@ -13,12 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from qlora_ui.data import streams
+from qlora_ui.data import json_text, streams
+from qlora_ui.data.json_text import NotJson, short
 from qlora_ui.data.streams import Unreadable
 from qlora_ui.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-MAX_JSON_BYTES = 512 * 2**20
+MAX_JSON_BYTES = 64 * 2**20  # of an object: as Python's it takes up to thirty times as much memory
 MAX_EMPTY_LINES = 100_000  # a packed file can hold thousands of millions
 MAX_DEPTH = 100  # what reads a row later recurses into it, and Python ends at about 1,000
 
@@ -76,40 +76,10 @@ def rows(path: Path) -> Iterator[Row]:
 # JSON ----------------------------------------------------------------------------------------------------------------
 
 
-class _NotJson(ValueError):
-    """What is wrong, and where: `Expecting value at column 6`."""
-
-
-def _parse(text: str, place: str = "line {0.lineno}, column {0.colno}") -> object:
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise _NotJson(f"{error.msg.removesuffix(' at')} at {place.format(error)}") from error
-    except RecursionError as error:
-        raise _NotJson("it is nested too deeply") from error
-    except _NotJson:
-        raise
-    except ValueError as error:  # Python's own limit
-        raise _NotJson("a number has more than 4,300 digits") from error
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Python would keep the last of two values without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise _NotJson(f"{_short(twice)} stands twice in the object {_short(found)}")
-    return found
-
-
-def _short(value: object) -> str:
-    return json.dumps(value)[:40]
-
-
 def _row(value: object, place: str) -> Row:
     if _is_deep(value):
         return f"{place} is nested more than {MAX_DEPTH} levels deep"
-    return value if isinstance(value, dict) else f"{place} is {_short(value)}, not an object with named columns"
+    return value if isinstance(value, dict) else f"{place} is {short(value)}, not an object with named columns"
 
 
 def _is_deep(value: object) -> bool:
@@ -129,43 +99,36 @@ _OBJECT_IN_FIRST_LINE = re.compile(r"\s*\{.*\}\s*\n")
 
 
 def _json(path: Path) -> Iterator[Row]:
-    text = _whole(path)
-    if not text.strip():
-        return
-    try:
-        whole = _parse(text)
-    except _NotJson as error:
-        if _OBJECT_IN_FIRST_LINE.match(text):  # JSON Lines with the wrong suffix
-            yield from _lines(path)
-            return
-        raise Unreadable(f"is not valid JSON: {error}; mend the file there or export it again.") from error
-    del text
-    for number, item in enumerate(_rows_in(whole), 1):
-        yield _row(item, f"item {number}")
-
-
-def _whole(path: Path) -> str:
-    too_large = f"is larger than {streams.size(MAX_JSON_BYTES)}, and JSON is read as a whole: save it as JSON Lines (.jsonl)."
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise Unreadable(too_large)
     with streams.open_text(path) as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise Unreadable(too_large)
+        is_array = file.read(_HEAD).lstrip().startswith("[")
+        file.seek(0)
+        text = "" if is_array else _whole(file)
+        try:
+            for number, item in enumerate(json_text.items(file) if is_array else _items_of(text), 1):
+                yield _row(item, f"item {number}")
+        except NotJson as error:
+            if not _OBJECT_IN_FIRST_LINE.match(text):
+                raise Unreadable(f"is not valid JSON: {error}; mend the file there or export it again.") from error
+            yield from _lines(path)  # JSON Lines with the wrong suffix
+
+
+def _whole(file: TextIO) -> str:
+    text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES and not _OBJECT_IN_FIRST_LINE.match(text):
+        limit = streams.size(MAX_JSON_BYTES)
+        raise Unreadable(f"is one object of more than {limit}, read as a whole: save its rows as a list or as JSON Lines (.jsonl).")
     if bad := streams.bad_byte(text):
-        raise Unreadable(_not_utf8(bad[0], text.count("\n", 0, bad[1]) + 1))
+        raise streams.not_utf8(bad[0], text.count("\n", 0, bad[1]) + 1)
     return text
 
 
-def _not_utf8(byte: str, line: int) -> str:
-    return f"is not UTF-8 text (byte {byte} in line {line}): save it as UTF-8."
-
-
-def _rows_in(whole: object) -> list[object]:
-    if isinstance(whole, list):
-        return whole
+def _items_of(text: str) -> list[object]:
+    """What are rows in JSON that is no list of them."""
+    if not text.strip():
+        return []
+    whole = json_text.parse(text)
     if not isinstance(whole, dict):
-        raise Unreadable(f"holds {_short(whole)}: it must be a list of objects, one a row.")
+        raise Unreadable(f"holds {short(whole)}: it must be a list of objects, one a row.")
     if "messages" in whole or "conversations" in whole:
         return [whole]  # that list holds the turns of one conversation, not rows
     lists = {name: value for name, value in whole.items() if isinstance(value, list) and any(isinstance(item, dict) for item in value)}
@@ -196,8 +159,8 @@ def _lines(path: Path) -> Iterator[Row]:
             elif line.strip():
                 try:
                     # Files that were joined have a byte order mark in the middle.
-                    yield _row(_parse(line.removeprefix("\ufeff").rstrip(), "column {0.colno}"), f"line {number}")
-                except _NotJson as error:
+                    yield _row(json_text.parse(line.removeprefix("\ufeff").rstrip(), "column {column}"), f"line {number}")
+                except NotJson as error:
                     yield f"line {number} is not valid JSON: {error}"
 
 
@@ -228,7 +191,7 @@ def _table(file: TextIO, delimiter: str) -> Iterator[Row]:
                 reason = f"the row that begins at line {begins} is longer than {streams.size(streams.MAX_LINE_BYTES)}"
                 raise Unreadable(f"is not valid CSV: {reason}; a quote may not be closed there.")
             if bad := streams.bad_byte(line):
-                raise Unreadable(_not_utf8(bad[0], number))
+                raise streams.not_utf8(bad[0], number)
             yield line
 
     try:
@@ -287,8 +250,8 @@ def kind_of_text(text: str) -> str:
     text = text.lstrip("\ufeff \t\r\n")
     if text.startswith(("[", "{")):
         try:
-            _parse(text)
-        except _NotJson as error:
+            json_text.parse(text)
+        except NotJson as error:
             if _OBJECT_IN_FIRST_LINE.match(text):
                 return ".jsonl"
             raise _problem(f"The pasted text is not valid JSON: {error}; mend it there.") from error

@@ -60,7 +60,12 @@ def detect(row: Row, fields: Collection[str] = ()) -> str | None:
     meant = {name: known for name, known in _KNOWN.items() if known.fields.keys() >= set(fields)}
     # Tables of mixed rows have every column in every row: what is filled says more than what is there.
     filled = {column: value for column, value in row.items() if value not in (None, "", [])}
-    return next((name for columns in (filled, row) for name, known in meant.items() if known.recognise(columns)), None)
+    whole = next((name for name, known in meant.items() if known.recognise(filled)), None)
+    if whole not in (None, "text"):
+        return whole
+    # A question without its answer is still one, whatever text stands beside: Alpaca's rows repeat themselves in a column of that name.
+    there = [name for name, known in meant.items() if known.recognise(row)]
+    return next((name for name in there if not _READ[name].isdisjoint(filled)), there[0] if there else None)
 
 
 def to_conversations(row: Row, format: str) -> tuple[tuple[Message, ...], ...]:

@@ -34,7 +34,8 @@ class LengthReport:
 
     `rows`, `tokens_total` and `tokens_trained` count what is read after long rows were cut, dropped or split (then `rows`
     counts the pieces). `tokens_lost` and `trained_lost` are the rest of the rows as they came; `over`, `longest` and the
-    histogram are of the rows as they came. `untrainable` are source numbers of rows that have no trained token left.
+    histogram are of the rows as they came. `untrainable` are source numbers of rows that have no trained token left,
+    `too_long` those of rows that were dropped for their length.
     The first token of whatever goes through the model is never predicted, so it never counts as trained.
     """
 
@@ -48,6 +49,7 @@ class LengthReport:
     tokens_lost: int
     trained_lost: int
     untrainable: tuple[int, ...]
+    too_long: tuple[int, ...]
     suggested_max_seq_len: int
     padding_share: float
     padding_share_packed: float
@@ -56,7 +58,7 @@ class LengthReport:
     @property
     def left_out(self) -> int:
         """Rows that are not trained on: dropped for their length, or without a trained token left."""
-        return len(self.untrainable) + (self.over if self.long_rows == "drop" else 0)
+        return len(self.untrainable) + len(self.too_long)
 
     @property
     def trained_share(self) -> float:
@@ -77,6 +79,7 @@ def lengths_of_nothing(max_seq_len: int, long_rows: str) -> LengthReport:
         tokens_lost=0,
         trained_lost=0,
         untrainable=(),
+        too_long=(),
         suggested_max_seq_len=max_seq_len,
         padding_share=0.0,
         padding_share_packed=0.0,
@@ -182,6 +185,7 @@ def report(counts: Counts, max_seq_len: int, long_rows: str, micro_batch_size: i
         tokens_lost=int(counts.lengths.sum()) - tokens,
         trained_lost=int(counts.trained(counts.starts[:-1], counts.starts[1:]).sum()) - trained,
         untrainable=tuple(counts.rows[fitted.untrainable].tolist()),
+        too_long=tuple(counts.rows[fitted.over].tolist()) if long_rows == "drop" else (),
         suggested_max_seq_len=suggest(counts),
         padding_share=padding_share(fitted.lengths, micro_batch_size, seed),
         padding_share_packed=padding_share_packed(fitted.lengths, max_seq_len),

@@ -103,6 +103,11 @@ def bad_byte(text: str) -> tuple[str, int] | None:
     return (f"0x{ord(found[0]) - 0xDC00:02x}", found.start()) if found else None
 
 
+def not_utf8(byte: str, line: int) -> Unreadable:
+    """What to raise for a bad byte of a file that cannot be read without it."""
+    return Unreadable(f"is not UTF-8 text (byte {byte} in line {line}): save it as UTF-8.")
+
+
 def size(number: int) -> str:
     """A limit in words: `16 MiB`."""
     return f"{number // 2**20:,} MiB" if number >= 2**20 else f"{number:,} bytes"

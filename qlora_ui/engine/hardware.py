@@ -85,6 +85,16 @@ def free_memory_gib() -> float:
     return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or in the machine's memory."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # The driver's own words, which bitsandbytes' paged memory and CUDA's other libraries pass on.
+    return known or (isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or "out of memory" in str(error).lower()))
+
+
 def give_memory_back() -> None:
     """Collect what nobody refers to any more (Trainer and its callbacks refer to each other) and empty the GPU's cache."""
     import torch

@@ -87,7 +87,8 @@ def _special_texts(tokenizer: Any, conversations: Sequence[Conversation]) -> lis
         return []
     rows = sum(match is not None for match in found)
     names = ", ".join(written[:5])
-    return [f"{rows:,} turns hold the text of special tokens ({names}), which the model reads as the tokens themselves."]
+    turns = "1 turn holds" if rows == 1 else f"{rows:,} turns hold"
+    return [f"{turns} the text of special tokens ({names}), which the model reads as the tokens themselves."]
 
 
 class Preview:

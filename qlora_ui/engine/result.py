@@ -29,7 +29,7 @@ def keep(run: Run, checkpoint: Path, emit: Callable[[Event], None]) -> None:
     """Make a checkpoint's adapter the run's result, without loading anything."""
     emit(Phase(name="saving", detail=checkpoint.name))
     aside = _room_aside(run)
-    shutil.copytree(checkpoint, aside, ignore=lambda _, names: [name for name in names if name.endswith(TRAINERS_OWN)])
+    shutil.copytree(checkpoint, aside, dirs_exist_ok=True, ignore=lambda _, names: [name for name in names if name.endswith(TRAINERS_OWN)])
     task = json.loads((aside / "adapter_config.json").read_text("utf-8"))["task_type"]
     _publish(run, aside, step_of(checkpoint), task == "SEQ_2_SEQ_LM")
 
@@ -37,6 +37,7 @@ def keep(run: Run, checkpoint: Path, emit: Callable[[Event], None]) -> None:
 def _room_aside(run: Run) -> Path:
     aside = run.folder / "adapter.partial"
     shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()  # here, because a library would make the run's folder too, which somebody may have deleted
     return aside
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_ui.checkpoints import SEAL
@@ -19,6 +19,18 @@ from qlora_ui.engine.optimization import LengthGroups, loraplus_optimizer
 from qlora_ui.engine.step_plan import StepPlan
 from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS
 from qlora_ui.engine.watch import FiniteSteps
+
+
+class Updates(TrainerCallback):
+    """Knows whether the optimizer is at work, which an error may leave half done."""
+
+    updating = False
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.updating = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.updating = False
 
 
 class StepTrainer(Trainer):
@@ -33,6 +45,8 @@ class StepTrainer(Trainer):
         kwargs["args"]._n_gpu = min(kwargs["args"].n_gpu, 1)
         super().__init__(compute_loss_func=plan.loss or seq2seq.loss, **kwargs)
         self.plan, self.on_tokens, self.finite_steps, self.loraplus_lr_ratio = plan, on_tokens, finite_steps, loraplus_lr_ratio
+        self.updates = Updates()
+        self.add_callback(self.updates)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """With LoRA+, the two halves of each adapter learn at different rates."""
@@ -67,6 +81,7 @@ class StepTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(exist_ok=True)  # Trainer would make the run's folder too, which somebody may have deleted
         (folder / SEAL).unlink(missing_ok=True)  # what is written over is not complete
         super()._save_checkpoint(model, trial)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_ui.data.checks import Conversation
-from qlora_ui.engine.tokens import RAW_TEXT, TokenRow, token_rows, written
+from qlora_ui.data.formats import Message, Role
+from qlora_ui.engine.tokens import RAW_TEXT, TokenRow, token_rows, whole, written
 from qlora_ui.errors import UserError
 
 LOOKED_AT = 20  # rows; a template does the same to all of them
@@ -21,6 +22,8 @@ def troubles(tokenizer: Any, conversations: Sequence[Conversation], train_on: st
     rows = token_rows(tokenizer, [written(tokenizer, row.messages, train_on) for row in few])
     answers = _answers(tokenizer, few)
     found = [_beginnings(tokenizer, rows), _ends(tokenizer, answers), _other_ends(tokenizer, answers, generation_ends)]
+    if any(row.messages[0].role == "user" for row in few):
+        found.append(_own_system_prompt(tokenizer))
     return [sentence for sentence in found if sentence]
 
 
@@ -60,6 +63,23 @@ def _beginnings(tokenizer: Any, rows: Sequence[TokenRow]) -> str:
             "Choose a prompt_format that does (guanaco, alpaca), or begin your own with {{ bos_token }}."
         )
     return ""
+
+
+def _own_system_prompt(tokenizer: Any) -> str:
+    """Whether rows without a system turn are written as if they had one, which is what the template's author put there."""
+    roles: tuple[Role, ...] = ("system", "user", "assistant")
+    said = [Message(role=role, content=f"the {role} says") for role in roles]
+    try:
+        begins = whole(tokenizer, said).partition(said[0].content)[0]
+        added = whole(tokenizer, said[1:]).partition(said[1].content)[0]
+    except UserError:  # it takes no system turn
+        return ""
+    if not begins.removeprefix(tokenizer.bos_token or "").strip() or not added.startswith(begins) or added == begins:
+        return ""
+    return (
+        f"The prompt format puts a system prompt of its own before rows that have none ({added[:80]!r} …), and it is read in training. "
+        "Choose prompt_format chatml, guanaco or alpaca to leave it out."
+    )
 
 
 def _ends(tokenizer: Any, answers: Sequence[TokenRow]) -> str:

@@ -17,7 +17,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
 from qlora_ui.engine import result, seq2seq, tokens
 from qlora_ui.engine.adapter import add_adapter, continue_adapter, find_adapter, load_weights
-from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, memory_gib
+from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, is_out_of_memory, memory_gib
 from qlora_ui.engine.model import describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
 from qlora_ui.engine.samples import sampler
 from qlora_ui.engine.step_plan import plan_steps
@@ -41,7 +41,7 @@ from qlora_ui.events import (
     finite,
 )
 from qlora_ui.runs import Run
-from qlora_ui.stopping import Cancelled
+from qlora_ui.stopping import Cancelled, OutOfMemory
 
 Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
@@ -53,13 +53,22 @@ def train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None
     """Train the run's adapter, from its beginning or on from one of its checkpoints.
 
     Going on restores adapter, optimizer, schedule, random state and place in the data, so that the steps are those of a run
-    that was never interrupted. Ends with `Finished`, `Stopped` or `Paused` emitted; raises UserError, or Cancelled when it was asked
-    to end and there is no step to keep, or it is to be discarded.
+    that was never interrupted. Ends with `Finished`, `Stopped` or `Paused` emitted; raises UserError, OutOfMemory, or Cancelled
+    when it was asked to end and there is no step to keep, or it is to be discarded.
     """
+    give_memory_back()  # what an attempt before this one left
+    lack = ""
     try:
         fetch_and_train(run, emit, should_stop, checkpoint)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        lack = str(error).strip().partition("\n")[0] or type(error).__name__
     finally:
         give_memory_back()
+    if lack:  # out here, where no traceback holds the tensors of the attempt any more
+        give_memory_back()
+        raise OutOfMemory(lack)
 
 
 def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None) -> None:
@@ -112,9 +121,23 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     emit(Phase(name="training"))
     if checkpoint and not owes_measurement(checkpoint, config.schedule.eval_steps):
         trainer.args.eval_on_start = False
-    with contextlib.suppress(Cancelled):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with contextlib.suppress(Cancelled):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if is_out_of_memory(error):
+            keep_last_step(run, trainer)
+        raise
     end(run, config, trainer, emit)
+
+
+def keep_last_step(run: Run, trainer: StepTrainer) -> None:
+    """Save the last whole step after an allocation failed, so that the run goes on from there and not from the checkpoint before."""
+    step = trainer.state.global_step
+    if not (step and not trainer.updates.updating and checkpoints.damage(run.folder / f"checkpoint-{step}")):
+        return
+    trainer.model.zero_grad()
+    trainer.save_checkpoint()
 
 
 def end(run: Run, config: RunConfig, trainer: StepTrainer, emit: Emit) -> None:
@@ -345,6 +368,8 @@ class Reporter(TrainerCallback):
         self._end_here()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # it went on from the last step, of which only the result is missing
+            raise Cancelled
         self.step_started, self.step_tokens = time.perf_counter(), 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

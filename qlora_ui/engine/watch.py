@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_ui.config import ScheduleConfig
-from qlora_ui.errors import UserError
+from qlora_ui.stopping import Diverged
 
 # Loss scaling for float16 starts high on purpose and halves itself at each skipped step, so that a few are ordinary.
 # Ten in a row have brought it from 65536 to 64, and are no accident in any other dtype either.
@@ -85,12 +85,12 @@ class FiniteSteps(TrainerCallback):
             model.zero_grad()  # optimizers leave alone what has no gradient, their own memory of it included
 
     def give_up_if_it_persists(self, step: int) -> None:
-        """Raise UserError when too many steps in a row were skipped."""
+        """Raise Diverged when too many steps in a row were skipped."""
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise UserError(
+            raise Diverged(
                 f"In {self.in_a_row} steps in a row ({step - self.in_a_row + 1} to {step}) the loss or its gradients were not finite, "
                 f"so the training was ended; none of these steps changed the weights. Lower learning_rate (it is {self.learning_rate:g}) "
                 "or raise warmup_ratio; with compute_dtype float16, use bfloat16 or float32. "
                 "If it began with step 1, look at the model and the rows.",
-                field="learning_rate",
+                first_step=step - self.in_a_row + 1,
             )

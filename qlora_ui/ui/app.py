@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 from qlora_ui import presets
+from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
-from qlora_ui.runs import Run
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, markup, run_bar, theme, train_tab
+from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, markup, run_bar, scripting, theme, train_tab
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -33,9 +32,7 @@ def build(services: Services) -> gr.Blocks:
         seen = gr.Textbox(visible="hidden", label="What there is to see", elem_id="seen")
         timer = gr.Timer(1.0)
         wire(services, bar, tabs, data, train, chat, seen, timer, page)
-        gr.api(scripted_start(services), api_name="start_training")
-        gr.api(scripted_stop(services), api_name="stop_training")
-        gr.api(scripted_status(services), api_name="run_status")
+        scripting.build(services)
     return page
 
 
@@ -57,10 +54,10 @@ def wire(
 ) -> None:
     """Everything that crosses from one tab to another."""
     # Two steps, so that a tick without news touches no component: only a change of what was seen redraws.
-    look = partial(glance, services)
-    timer.tick(look, None, [seen], queue=False, **QUIET)
-    page.load(look, None, [seen], queue=False, **QUIET)
-    shown = [bar.chip, bar.status, bar.progress, bar.stop, bar.chat, train.tiles, train.plot, train.log, chat.run]
+    look: dict[str, Any] = {"fn": services.glance, "inputs": None, "outputs": [seen], **QUIET}
+    timer.tick(queue=False, **look)
+    page.load(queue=False, **look)
+    shown = [bar.chip, *bar.shown, train.tiles, train.plot, train.log, chat.run]
     seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
@@ -72,24 +69,44 @@ def wire(
         "inputs": form_values,
         "outputs": [train.data_line, train.plan, train.message],
     }
-    page.load(
-        partial(opened, services, names),
-        [draft],
-        [train.preset, *fields, data.source.kind, data.chosen, data.source.path, data.source.hub_id],
-        **QUIET,
-    )
+    filled = [train.preset, *fields, data.source.kind, data.chosen, data.source.path, data.source.hub_id]
+    page.load(partial(opened, services, names), [draft], [train.isolated, *filled], **QUIET)
     train.preset.input(partial(train_tab.choose_preset, names), [train.preset], [train.preset, *fields], **QUIET)
     changes = [data.chosen.change, train.preset.input, *[f.change for f in fields]]
     gr.on(changes, **plan, trigger_mode="always_last", **QUIET)
     # By one writer, in order: the plan is also made after every look at the data, and an old one may end last.
-    gr.on(changes, partial(train_tab.draft, names), form_values, [draft], trigger_mode="always_last", queue=False, **QUIET)
+    kept = [train.isolated, *form_values]
+    gr.on(
+        [*changes, train.isolated.input], partial(train_tab.draft, names), kept, [draft], trigger_mode="always_last", queue=False, **QUIET
+    )
     wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 
     started = partial(train_tab.start, services, names)
-    train.start.click(started, form_values, [train.message, *fields], **QUIET).then(look, None, [seen], **QUIET)
-    bar.stop.click(partial(run_bar.stop, services), None, [bar.message], **QUIET).then(look, None, [seen], **QUIET)
-    bar.chat.click(partial(talk_to_newest, services), None, [tabs, chat.run], **QUIET)
+    train.start.click(started, kept, [train.message, *fields], **QUIET).then(**look)
+    run_bar.wire(services, bar, train.isolated, look, QUIET)
+    wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
+    bar.chat.click(partial(talk_to, services), [bar.run], [tabs, chat.run], **QUIET)
+
+
+def wire_resume_with(
+    services: Services,
+    bar: run_bar.RunBar,
+    train: train_tab.TrainTab,
+    names: list[str],
+    form_values: list[Any],
+    filled: list[Any],
+    changes: list[Any],
+) -> Any:
+    """The run on the bar against the settings of the form: going on with them, or taking its own. Returns the former's event."""
+    compared = [train.resume_with, train.use_settings, train.differences]
+    compare, own = partial(train_tab.compare, services, names), partial(own_settings, services, names)
+    seen = [bar.run, bar.state, *form_values]
+    gr.on([bar.run.change, bar.state.change, *changes], compare, seen, compared, trigger_mode="always_last", **QUIET)
+    train.use_settings.click(own, [bar.run], [train.message, *filled], **QUIET)
+    resume = partial(train_tab.resume_with, services, names)
+    asked = [bar.run, train.isolated, *form_values]
+    return train.resume_with.click(resume, asked, [train.message, *form_values[2:]], concurrency_id="resume", **QUIET)
 
 
 def wire_data(
@@ -142,13 +159,27 @@ def opened(services: Services, names: list[str], draft: dict[str, Any]) -> list[
     services.workspace.settle()
     try:
         config = presets.load(draft["preset"]).config.with_values(draft["values"])
-        source = data_source.source_of(config.data.data)
+        return [draft.get("isolated", False), *filled_by(names, config)]
     except (UserError, KeyError):  # a first visit, or a draft of another version
-        config = presets.load(train_tab.first_preset()).config
-        source = data_source.source_of(config.data.data)
+        return [False, *filled_by(names, presets.load(train_tab.first_preset()).config)]
+
+
+def own_settings(services: Services, names: list[str], run_id: str) -> list[Any]:
+    """What a run was told goes into the form."""
+    run = services.find(run_id)
+    try:
+        return ["", *(filled_by(names, run.config()) if run else [gr.skip()] * (len(names) + 5))]
+    except UserError as error:
+        return [markup.error(str(error)), *[gr.skip()] * (len(names) + 5)]
+
+
+def filled_by(names: list[str], config: RunConfig) -> list[Any]:
+    """The form with a config's settings, and where its rows come from. Raises UserError when these are gone."""
     reference = config.data.data
+    source = data_source.source_of(reference)
     path, hub_id = (reference if source == kind else None for kind in (data_source.WORKSPACE, data_source.HUB))
-    return [gr.update(value=config.preset), *form.filled(names, config.values()), source, reference, path, hub_id]
+    preset = config.preset if config.preset in presets.names() else gr.skip()
+    return [preset, *form.filled(names, config.values()), source, reference, path, hub_id]
 
 
 def suggested(services: Services, names: list[str], preset: str, chosen: str, *values: Any) -> Any:
@@ -157,28 +188,18 @@ def suggested(services: Services, names: list[str], preset: str, chosen: str, *v
     return seen.lengths.suggested_max_seq_len if seen and seen.lengths else gr.skip()
 
 
-def glance(services: Services) -> str:
-    """The timer's question: what is there to see? It costs a folder listing and a stat."""
-    run = services.workspace.newest()
-    return f"{run.id if run else 'no run'} {run.size() if run else 0} {'device' if services.hardware() else 'no device yet'}"
-
-
 def redraw(services: Services, talking_to: str | None) -> list[Any]:
     """Everything that shows the newest run."""
     run = services.workspace.newest()
-    progress = services.watch.progress(run) if run else None
+    try:
+        progress = services.watch.progress(run) if run else None
+        bar = run_bar.look(services, run, progress)
+        drawn = {"run": run.id if run else "", "version": run.size() if run else 0}
+    except FileNotFoundError:  # discarded since: the next glance says so
+        return [gr.skip()] * (len(run_bar.NO_RUN) + 5)
     running = progress is not None and progress.state == "running"
-    return [
-        run_bar.device_chip(services.hardware()),
-        markup.status(progress),
-        markup.bar(progress),
-        gr.update(interactive=running and not (progress and progress.asked)),
-        gr.update(interactive=progress is not None and progress.adapter_saved and not running),
-        markup.tiles(progress),
-        {"run": run.id if run else "", "version": run.size() if run else 0},
-        markup.log(progress),
-        gr.skip() if running and talking_to else run_choices(services, talking_to),
-    ]
+    choices = gr.skip() if running and talking_to else run_choices(services, talking_to)
+    return [run_bar.device_chip(services.hardware()), *bar, markup.tiles(progress), drawn, markup.log(progress), choices]
 
 
 def run_choices(services: Services, talking_to: str | None) -> Any:
@@ -187,9 +208,8 @@ def run_choices(services: Services, talking_to: str | None) -> Any:
     return gr.update(choices=ids, value=talking_to if talking_to in ids else (ids[0] if ids else None))
 
 
-def talk_to_newest(services: Services) -> list[Any]:
-    run = services.workspace.newest()
-    return [gr.Tabs(selected="chat"), run_choices(services, run.id if run else None)]
+def talk_to(services: Services, run_id: str) -> list[Any]:
+    return [gr.Tabs(selected="chat"), run_choices(services, run_id)]
 
 
 def curves(services: Services, run_id: str, rewinds: int, stride: int, count: int, held_out_count: int) -> dict[str, Any]:
@@ -199,65 +219,3 @@ def curves(services: Services, run_id: str, rewinds: int, stride: int, count: in
     except UserError:
         progress = Progress("")  # no run yet: an empty plot
     return asdict(progress.curves_since(int(rewinds), int(stride), int(count), int(held_out_count)))
-
-
-def scripted_start(services: Services) -> Any:
-    """The endpoint /start_training."""
-
-    def start_training(preset: str = "starter", data: str = "", settings: str = "{}") -> str:
-        """Start a run and return its id. `settings` is a JSON object of setting names and values."""
-        try:
-            values = json.loads(settings or "{}")
-            config = presets.load(preset).config.with_values({**values, **({"data": data} if data else {})})
-            return services.start(config).id
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except (ValueError, TypeError) as error:
-            raise gr.Error(f"settings is {settings!r}: it must be a JSON object.", print_exception=False) from error
-
-    return start_training
-
-
-def scripted_stop(services: Services) -> Any:
-    """The endpoint /stop_training."""
-
-    def stop_training(run: str = "") -> str:
-        """Ask a run (or, without an id, the newest) to stop and keep its adapter. Returns the run's id."""
-        found = find_run(services, run)
-        found.ask("stop")
-        return found.id
-
-    return stop_training
-
-
-def scripted_status(services: Services) -> Any:
-    """The endpoint /run_status."""
-
-    def run_status(run: str = "") -> dict[str, Any]:
-        """How a run (or, without an id, the newest) stands."""
-        found = find_run(services, run)
-        progress = services.watch.progress(found)
-        return {
-            "run": found.id,
-            "state": progress.state,
-            "phase": progress.phase,
-            "step": progress.step,
-            "total_steps": progress.total_steps,
-            "loss": progress.loss,
-            "held_out_loss": progress.held_out_loss,
-            "adapter_saved": progress.adapter_saved,
-            "status": progress.status_line(),
-        }
-
-    return run_status
-
-
-def find_run(services: Services, run_id: str) -> Run:
-    """The run of that id, or the newest. What is wrong reaches the script as a sentence."""
-    try:
-        newest = services.workspace.newest()
-        if run_id or newest is None:
-            return services.workspace.get(run_id)
-        return newest
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from error

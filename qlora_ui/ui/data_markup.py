@@ -15,9 +15,11 @@ from qlora_ui.data.lengths import LengthReport
 
 if TYPE_CHECKING:
     from qlora_ui.engine.preview import Piece, RowView
+    from qlora_ui.inspection import Look
 
 ROLE_WORDS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool", "text": "Raw text"}
-SHOWN_CHARACTERS = 2000
+SHOWN_CHARACTERS = 2000  # of a turn or a piece
+SHOWN_TURNS, SHOWN_PIECES = 100, 400  # of a row: some hold a hundred thousand, which no browser bears
 SHOWN_DROPPED = 200
 
 
@@ -42,24 +44,28 @@ def catalog_card(entry: PaperSet) -> str:
 # The report ----------------------------------------------------------------------------------------------------------
 
 
-def summary(report: Report, lengths: LengthReport | None, doing: str) -> str:
-    """The report in one line, each part opening below it."""
+def summary(look: Look) -> str:
+    """The report in one line, each part opening below it; nothing of what is not read yet."""
+    if look.data is None:
+        return ""
+    report, lengths, doing = look.data.report, look.lengths, look.doing
     parts = [f"{report.read:,} {plural(report.read)}: {report.kept:,} kept, {len(report.dropped):,} dropped"]
     if lengths and not doing:  # else they are those of a sample
         if lengths.left_out:
-            parts.append(f"{lengths.left_out:,} left out for their length")
+            parts.append(f"{lengths.left_out:,} left out")
         parts += [
             f"{short(lengths.tokens_total)} tokens, {lengths.trained_share:.0%} trained",
             f"longest {lengths.longest:,}",
         ]
     line = f'<p class="headline">{escape(" · ".join(parts))}</p><p class="note" aria-live="polite">{escape(doing) or formats(report)}</p>'
-    return line + details(report)
+    return line + details(report, () if doing else look.left_out)
 
 
-def details(report: Report) -> str:
-    """What opens below the line: the rows that were dropped, and what there was besides."""
+def details(report: Report, left_out: Sequence[Dropped] = ()) -> str:
+    """What opens below the line: the rows that were dropped or left out, and what there was besides."""
     parts = [
         dropped("dropped", report.dropped),
+        dropped("kept but left out", left_out),
         dropped(f"dropped from the split {report.held_out_split}", report.held_out_dropped),
         counted("Formats", {title(name): rows for name, rows in report.formats.items()}) if len(report.formats) > 1 else "",
         counted("Scripts", report.scripts) if len(report.scripts) > 1 else "",
@@ -107,7 +113,7 @@ def dropped(what: str, rows: Sequence[Dropped]) -> str:
     more = f"<p>{len(rows) - SHOWN_DROPPED:,} more are in the download.</p>" if len(rows) > SHOWN_DROPPED else ""
     return (
         f"<details><summary>{len(rows):,} {plural(len(rows))} {escape(what)}, with reasons</summary>"
-        f"<table><thead><tr><th>Row</th><th>Why it was dropped</th></tr></thead><tbody>{cells}</tbody></table>{more}</details>"
+        f"<table><thead><tr><th>Row</th><th>Why</th></tr></thead><tbody>{cells}</tbody></table>{more}</details>"
     )
 
 
@@ -164,13 +170,15 @@ def line_place(report: LengthReport) -> float:
 
 def lost(report: LengthReport) -> str:
     """What the max length costs, in a sentence."""
-    if not report.over:
-        return f"No row is longer than {report.max_seq_len:,} tokens, nothing is lost."
-    rows = "1 row is" if report.over == 1 else f"{report.over:,} rows are"
-    ends = {"truncate": "cut at their end", "drop": "left out", "split": "split"}[report.long_rows]
     count = len(report.untrainable)
+    if not report.over:
+        left_out = f"; {count:,} {plural(count)} with nothing to train on {'is' if count == 1 else 'are'} left out" if count else ""
+        return f"No row is longer than {report.max_seq_len:,} tokens, nothing is lost{left_out}."
+    rows, their = ("1 row is", "its") if report.over == 1 else (f"{report.over:,} rows are", "their")
+    ends = {"truncate": f"cut at {their} end", "drop": "left out", "split": "split"}[report.long_rows]
     left_out = f", and {count:,} {plural(count)} {'has' if count == 1 else 'have'} nothing left to train on" if count else ""
-    return f"{rows} longer and {ends}: {report.tokens_lost:,} tokens, {report.trained_lost:,} of them trained, are lost{left_out}."
+    # Of a split row every later piece trains one token less: its first has nothing before it to be predicted from.
+    return f"{rows} longer and {ends}: {report.tokens_lost:,} tokens are not read, {report.trained_lost:,} fewer are trained{left_out}."
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -190,9 +198,10 @@ def bubbles(rows: Sequence[Conversation]) -> str:
     for row in rows:
         turns = "".join(
             f'<div class="turn {message.role}"><span>{ROLE_WORDS[message.role]}</span>{escape(clipped(message.content))}</div>'
-            for message in row.messages
+            for message in row.messages[:SHOWN_TURNS]
         )
-        cards.append(f'<article class="row-card"><header>Row {row.row}</header>{turns}</article>')
+        more = not_shown(len(row.messages) - SHOWN_TURNS, "turns")
+        cards.append(f'<article class="row-card"><header>Row {row.row}</header>{turns}{more}</article>')
     return f'<div class="rows">{"".join(cards)}</div>'
 
 
@@ -207,7 +216,8 @@ def token_view(rows: Sequence[RowView]) -> str:
         cut = f", {row.tokens - row.kept_tokens:,} cut off" if row.kept_tokens < row.tokens else ""
         head = f"Row {row.row} · {row.tokens:,} tokens, {row.trained:,} trained{cut}"
         padding = f'<span class="padding">{row.padding:,} × padding</span>' if row.padding else ""
-        cards.append(f'<article class="row-card"><header>{head}</header><pre>{"".join(map(piece, row.pieces))}{padding}</pre></article>')
+        pieces, more = "".join(map(piece, row.pieces[:SHOWN_PIECES])), not_shown(len(row.pieces) - SHOWN_PIECES, "pieces")
+        cards.append(f'<article class="row-card"><header>{head}</header><pre>{pieces}{padding}</pre>{more}</article>')
     return f'{legend}<div class="rows">{"".join(cards)}</div>'
 
 
@@ -221,6 +231,10 @@ def piece(part: Piece) -> str:
     if part.cut:
         return f'<s class="cut">{text}</s>'
     return f"<mark>{text}</mark>" if part.trained else text
+
+
+def not_shown(count: int, what: str) -> str:
+    return f'<p class="note">… {count:,} more {what} are not shown here.</p>' if count > 0 else ""
 
 
 def clipped(text: str) -> str:

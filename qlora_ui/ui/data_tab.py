@@ -223,11 +223,11 @@ def shown(services: Services, config: RunConfig, seen: Look) -> list[Any]:
     suggested = lengths.suggested_max_seq_len if lengths else config.data.max_seq_len
     return [
         report.fingerprint,
-        data_markup.summary(report, lengths, seen.doing) + markup.error(seen.problem),
+        data_markup.summary(seen) + markup.error(seen.problem),
         (data_markup.lengths(lengths) if lengths else markup.note(seen.no_tokens)) + markup.note(seen.trouble),
         gr.update(interactive=not seen.doing and not seen.problem),
         gr.update(visible=bool(seen.doing)),
-        gr.update(visible=bool(report.dropped)),
+        gr.update(visible=not seen.doing and bool(report.dropped or seen.left_out)),
         gr.update(visible=suggested != config.data.max_seq_len and not seen.doing, value=f"Set max length to {suggested}"),
         gr.update(visible=bool(seen.no_tokens)),
         *slot_updates(services, config.data, report.format),
@@ -281,12 +281,14 @@ def write_dropped(services: Services, names: list[str], preset: str, chosen: str
     """Make the file of dropped rows, and hand it to the button that the page then presses."""
     config = form.read(preset, chosen, names, values)
     try:
-        report = services.inspector.read(config.data).report
+        dropped = services.inspector.read(config.data).report.dropped
+        seen = services.inspector.known(config)
+        dropped += seen.left_out if seen else ()
     except checks.NothingKept as error:
-        report = error.report
+        dropped = error.report.dropped
     folder = Path(tempfile.mkdtemp(prefix="dropped-rows-"))
     path = folder / f"{sources.name_of(chosen)}-dropped.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for row in checks.dropped_rows(config.data, report, services.workspace.root):
+        for row in checks.dropped_rows(config.data, dropped, services.workspace.root):
             file.write(json.dumps(row, default=str) + "\n")
     return gr.update(value=str(path))

@@ -16,15 +16,26 @@ def note(message: str) -> str:
     return f'<p class="note">{escape(message)}</p>' if message else ""
 
 
-def status(progress: Progress | None) -> str:
+def question(words: str) -> str:
+    return f'<p class="question" role="alert">{escape(words)}</p>'
+
+
+def status(progress: Progress | None, silence: str = "") -> str:
     """The run bar's line. What is announced to screen readers changes with the phase, not with every step."""
     if progress is None:
         return '<div class="status" data-state="idle">No run yet. Choose data, then start training.</div>'
-    said = progress.end_sentence() or progress.phase
+    line = " · ".join(filter(None, [progress.status_line(), silence]))
+    said = progress.end_sentence() or silence or progress.phase
     return (
-        f'<div class="status" data-state="{progress.state}">{escape(progress.status_line())}</div>'
+        f'<div class="status" data-state="{progress.state}">{escape(line)}{traceback(progress)}</div>'
         f'<div class="visually-hidden" aria-live="polite">{escape(f"{progress.name}: {said}")}</div>'
     )
+
+
+def traceback(progress: Progress) -> str:
+    """Where a run broke off because of our bug: what we need to mend it, folded away."""
+    told = progress.failure.traceback if progress.failure else ""
+    return f'<details class="traceback"><summary>details</summary><pre tabindex="0">{escape(told)}</pre></details>' if told else ""
 
 
 def bar(progress: Progress | None) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from qlora_ui import presets
-from qlora_ui.config import RunConfig
+from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import checks, sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from qlora_ui.engine.preview import Preview
 
 FIRST_PRESET = "starter"
+ISOLATED = "A crash, or the system's killing for want of memory, cannot then take this page down."
 
 
 def first_preset() -> str:
@@ -36,7 +38,11 @@ class TrainTab:
     plan: gr.HTML
     names: list[str]
     fields: list[gr.components.Component]
+    isolated: gr.Checkbox
     start: gr.Button
+    resume_with: gr.Button
+    use_settings: gr.Button
+    differences: gr.HTML
     message: gr.HTML
     tiles: gr.HTML
     plot: gr.HTML
@@ -61,7 +67,12 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             with gr.Column(elem_id="start-box"):
                 plan = gr.HTML(elem_id="train-plan")
                 message = gr.HTML(elem_id="start-message")
+                isolated = gr.Checkbox(label="Train in a process of its own", info=ISOLATED, elem_id="isolated-switch")
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button")
+                with gr.Row(elem_id="resume-with"):
+                    resume_with = gr.Button("Resume with these settings", visible=False, size="sm", elem_id="resume-with-button")
+                    use_settings = gr.Button("Use this run's settings", visible=False, size="sm", elem_id="use-run-settings")
+                differences = gr.HTML(elem_id="resume-differences")
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
             tiles = gr.HTML(markup.tiles(None), elem_id="tiles")
             plot = loss_plot(curves)
@@ -73,7 +84,11 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
         plan=plan,
         names=list(fields),
         fields=list(fields.values()),
+        isolated=isolated,
         start=start,
+        resume_with=resume_with,
+        use_settings=use_settings,
+        differences=differences,
         message=message,
         tiles=tiles,
         plot=plot,
@@ -86,7 +101,7 @@ def choose_preset(names: list[str], preset: str) -> list[Any]:
     return [gr.update(info=chosen.about), *form.filled(names, chosen.config.values())]
 
 
-def start(services: Services, names: list[str], preset: str, data: str, *values: Any) -> list[Any]:
+def start(services: Services, names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> list[Any]:
     """Start, or say why not: at the field that is wrong (the plan above the button says it too), else above the button."""
     try:
         config = form.read(preset, data, names, values)
@@ -94,7 +109,49 @@ def start(services: Services, names: list[str], preset: str, data: str, *values:
         return ["", *form.marked(names, error)]
     try:
         services.check_data(config)
-        services.start(config)
+        services.start(config, isolated=isolated)
+    except UserError as error:
+        return [markup.error(str(error)), *form.marked(names, error)]
+    return ["", *form.marked(names, None)]
+
+
+def compare(services: Services, names: list[str], run_id: str, state: str, preset: str, data: str, *values: Any) -> list[Any]:
+    """Whether the run on the bar may go on with the form's settings, and what would be another then."""
+    run = services.find(run_id)
+    if run is None:
+        return [gr.update(visible=False), gr.update(visible=False), ""]
+    may, words = False, ""
+    if state != "running":
+        try:
+            changes = services.differences(run, form.read(preset, data, names, values))
+            services.check_resume(run, changes)
+            may, words = True, f"{run.name}: {change_words(run.config().values(), changes)}"
+        except UserError as error:  # of a setting that is wrong, the plan says it
+            words = str(error)
+    button = gr.update(value=f"Resume {run.name} with these settings", visible=True, interactive=may)
+    return [button, gr.update(visible=True), markup.note(words)]
+
+
+def change_words(before: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
+    """`learning rate 0.0002 → 0.0001, max steps 40 → 80`."""
+    said = [f"{KNOBS[name].label.lower()} {shown(before[name])} → {shown(after)}" for name, after in changes.items()]
+    return ", ".join(said) or "its settings are these"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return textwrap.shorten(str(value), 40, placeholder=" …") or "none"
+
+
+def resume_with(services: Services, names: list[str], run_id: str, isolated: bool, preset: str, data: str, *values: Any) -> list[Any]:
+    """Go on with the run on the bar and the form's settings, or say why not."""
+    run = services.find(run_id)
+    try:
+        if run is not None:
+            changes = services.differences(run, form.read(preset, data, names, values))
+            services.check_resume(run, changes)
+            services.resume(run, changes, isolated=isolated)
     except UserError as error:
         return [markup.error(str(error)), *form.marked(names, error)]
     return ["", *form.marked(names, None)]
@@ -116,10 +173,10 @@ def describe_plan(services: Services, names: list[str], preset: str, data: str, 
         return markup.note(chosen), markup.error(str(error)), ""
 
 
-def draft(names: list[str], preset: str, data: str, *values: Any) -> Any:
+def draft(names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> Any:
     """What is set, for the person's browser to keep. What is half typed leaves the last draft that was whole."""
     try:
-        return {"preset": preset, "values": form.read(preset, data, names, values).values()}
+        return {"preset": preset, "values": form.read(preset, data, names, values).values(), "isolated": isolated}
     except UserError:
         return gr.skip()
 

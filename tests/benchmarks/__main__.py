@@ -1,4 +1,4 @@
-"""Longer proofs, one command each: `python -m tests.benchmarks data|starter|startup|training`. They print what they measured."""
+"""Longer proofs, one command each: `python -m tests.benchmarks data|kill|starter|startup|training`. They print what they measured."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import os
 import platform
 from importlib.metadata import version
 
-NAMES = ("data", "starter", "startup", "training")
+NAMES = ("data", "kill", "starter", "startup", "training")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
     parser.add_argument("name", choices=NAMES)
-    name = parser.parse_args().name
+    parser.add_argument("--seed", type=int, help="of the moments at which kill kills")
+    name, seed = vars(parser.parse_args()).values()
     libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "peft", "bitsandbytes", "gradio"))
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{machine}; {libraries}\n", flush=True)
-    importlib.import_module(f"tests.benchmarks.{name}").main()
+    importlib.import_module(f"tests.benchmarks.{name}").main(*([] if seed is None else [seed]))
 
 
 if __name__ == "__main__":
