@@ -98,7 +98,8 @@ class AdapterConfig(Part, section="adapter"):
     lora_bias: str = knob(
         "none",
         "Train biases",
-        "Biases of the base that are trained too, where the model has any: none, all, or those of adapted layers. Not in float16.",
+        "Biases of the base that are trained too, where the model has any: none, all, or those of adapted layers. Not in float16; "
+        "in bfloat16 they move in coarse steps.",
         choices=("none", "all", "lora_only"),
     )
     target_modules: str = knob(

@@ -148,6 +148,8 @@ def test_dora_starts_as_the_base_and_learns_a_magnitude(place: tuple[Workspace, 
     [
         ({"layers_to_skip": "1, 2"}, "layers_to_skip has 2, but this model's layers are 0 to 1."),
         ({"layers_to_skip": "0-1"}, "target_modules is 'all-linear': "),
+        ({"target_modules": "q_proj, nope"}, "target_modules has 'nope', but this model has no such module. It has down_proj, gate_proj, "),
+        ({"target_modules": ""}, "target_modules has '', but this model has no such module."),
         ({"modules_to_save": "head"}, "modules_to_save has 'head', but this model has no such module."),
         ({"modules_to_save": "norm, down_proj"}, "modules_to_save has 'down_proj', which is quantized and cannot be trained as a whole."),
         ({"modules_to_save": "layers"}, "modules_to_save has 'layers', which is quantized"),

@@ -74,6 +74,24 @@ def test_its_lines_of_python_name_the_class_that_loads_the_base(two_sided: bool)
     assert "bnb_4bit_quant_type='fp4'" in lines
 
 
+def test_it_says_how_the_base_was_stored_and_loads_it_so() -> None:
+    for bits, said, line in [
+        ("4", "in NF4 (QLoRA)", "load_in_4bit=True"),
+        ("8", "in 8 bits", "(load_in_8bit=True)"),
+        ("16", "unquantized", ""),
+    ]:
+        text = made(quant_bits=bits)
+        assert f"The base is frozen {said}, " in text
+        assert line in code(text)
+        assert ("quantization_config" in code(text)) == (bits != "16")
+        ast.parse(code(text))
+
+
+def test_its_lines_of_python_allow_a_models_own_code_where_the_owner_did() -> None:
+    assert "trust_remote_code=True" in code(made(trust_remote_code=True))
+    assert "trust_remote_code" not in code(made())
+
+
 @pytest.mark.parametrize(
     "name", ["o/set", "odd: [name]", "a'b\"c", "---", "# x", "x`y|z", "ü/文", "two\nlines", "{{ x }}", "!!python/object:os.system"]
 )

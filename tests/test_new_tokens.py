@@ -55,11 +55,12 @@ def finished(request: pytest.FixtureRequest, both: dict[bool, Trained]) -> Train
     return both[request.param]
 
 
-def trained(folder: Path, tied: bool) -> Trained:
+def trained(folder: Path, tied: bool, **more: Any) -> Trained:
     workspace = Workspace.open(folder / "home")
     tiny.tiny_model(workspace.models / tiny.NAME, tied=tied)
     data = tiny.tiny_rows(folder / "rows.json")
     values: dict[str, Any] = {"prompt_format": "custom", "chat_template": TEMPLATE, "new_tokens": NEW, "max_steps": 6, "sample_every": 3}
+    values |= more
     run = tiny.tiny_run(workspace, data, **values)
     jobs.execute(run, train)
     assert run.state() == "finished", tiny.events_of(run, Failed)
@@ -123,7 +124,7 @@ def test_the_rows_of_trained_tokens_moved_away_from_where_they_began(finished: T
 
 
 ELSEWHERE = """
-import json, sys
+import json, os, pathlib, sys
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -142,11 +143,17 @@ def by_hand(adapter, tokenizer):
 def at_once(adapter, tokenizer):
     return AutoPeftModelForCausalLM.from_pretrained(adapter, **settings)
 
+def as_its_card_says(adapter, tokenizer):
+    os.chdir(pathlib.Path(adapter).parents[2] / "models")
+    code = (pathlib.Path(adapter) / "README.md").read_text().split("```python")[1].split("```")[0]
+    exec(code.replace('adapter = "."', f"adapter = {adapter!r}"), scope := {})
+    return scope["model"]
+
 told = []
 for adapter, text in json.loads(sys.argv[1]):
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    for load in (by_hand, at_once):
+    for load in (by_hand, at_once, as_its_card_says):
         model = load(adapter, tokenizer).eval()
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False  # a kernel that rounds otherwise, on those CPUs that have it
@@ -163,7 +170,7 @@ def test_plain_peft_in_a_fresh_process_computes_the_same(both: dict[bool, Traine
         text = tokens.prompt(chat.tokenizer, [Message(role="user", content=ASKED)]) + "<|think|>The answer is<|end|>"
         ids = chat.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            expected += [(ids[0].tolist(), chat.model(ids).logits[0])] * 2
+            expected += [(ids[0].tolist(), chat.model(ids).logits[0])] * 3
         asked.append((str(finished.run.adapter), text))
     command = [sys.executable, "-c", ELSEWHERE, json.dumps(asked)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -188,6 +195,28 @@ def test_the_chat_stops_at_the_new_end_token_and_answers_from_both_sides(finishe
         for text, sampled in zip(last.texts, (event.base, event.adapter), strict=True):
             assert sampled.startswith(text.strip().rstrip("\ufffd"))  # the chat waits for the other bytes of a torn character
             assert len(text) > 10
+
+
+def test_a_run_that_goes_on_with_such_an_adapter_has_its_tokens(finished: Trained) -> None:
+    values = {"prompt_format": "tokenizer", "init_adapter": finished.run.id, "max_steps": 1}
+    run = tiny.tiny_run(finished.run.workspace, finished.run.config().data.data, **values)
+    jobs.execute(run, train)
+    assert run.state() == "finished", tiny.events_of(run)[-1]
+    ended, began = tiny.events_of(finished.run, HeldOut)[-1].loss, tiny.events_of(run, HeldOut)[0].loss
+    assert began == pytest.approx(ended, abs=1e-5)
+    one, other = (load_file(which.adapter / "adapter_model.safetensors") for which in (finished.run, run))
+    assert one.keys() == other.keys()
+
+
+@pytest.mark.parametrize(("tied", "whole"), [(True, "lm_head"), (False, "lm_head"), (False, "embed_tokens")])
+def test_a_layer_that_is_trained_as_a_whole_has_the_new_rows_in_it(tmp_path: Path, tied: bool, whole: str) -> None:
+    run = trained(tmp_path, tied, modules_to_save=whole)
+    saved = load_file(run.run.adapter / "adapter_model.safetensors")
+    assert {len(saved[name]) for name in saved if "lora_" not in name} == ({run.old + 3} if tied else {run.old + 3, 3})
+    told = tiny.events_of(run.run, Sample)[-1]
+    chat = ChatModel(run.run, lambda event: None, lambda: False)
+    *_, last = chat.reply([("adapter", [Message(role="user", content=told.prompt)])], Sampling(temperature=0, max_new_tokens=48))
+    assert told.adapter.startswith(last.texts[0].strip().rstrip("\ufffd"))
 
 
 # The setting --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qlora_ui import jobs
 from qlora_ui.config import OPTIMIZERS, RunConfig
 from qlora_ui.engine.train import train
-from qlora_ui.events import HeldOut, Step
+from qlora_ui.events import HeldOut, Log, Step
 from qlora_ui.runs import Run, Workspace
 
 
@@ -151,6 +151,13 @@ def test_the_learning_rate_warms_up_and_then_follows_its_schedule(
     place: tuple[Workspace, Path], values: dict[str, Any], expected: list[float]
 ) -> None:
     assert rates(place, **values) == pytest.approx(expected)
+
+
+def test_a_run_that_is_over_before_its_warm_up_says_so(place: tuple[Workspace, Path]) -> None:
+    short, long = (trained(place, warmup_steps=2, max_steps=steps) for steps in (2, 3))
+    said = "The learning rate rises over 2 steps, and the run has 2: it never reaches 0.01. "
+    said += "Lower warmup_steps and warmup_ratio, or train longer"
+    assert [[event.text for event in tiny.events_of(run, Log) if event.level == "warning"] for run in (short, long)] == [[said], []]
 
 
 # Noise and order --------------------------------------------------------------------------------------------------------

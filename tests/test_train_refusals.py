@@ -16,7 +16,7 @@ from training import built, logged, never, silent, trained
 from qlora_ui.data import checks, sources
 from qlora_ui.engine import tokens
 from qlora_ui.engine.train import encode, read_rows
-from qlora_ui.events import Failed, HeldOut, Log, Planned
+from qlora_ui.events import Failed, HeldOut, Log, Phase, Planned
 from qlora_ui.runs import Run, Workspace
 
 
@@ -48,6 +48,16 @@ def test_rows_without_a_token_to_train_on_are_one_sentence(place: tuple[Workspac
     data = write_rows(tmp_path / "rows.json", [("Q" * 90 + str(number), "A") for number in range(6)])
     said = failure(trained(place[0], data, max_seq_len=16))
     assert said.startswith("None of the 5 rows has a token to train on within max_seq_len 16. Raise max_seq_len")
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused_before_it_is_loaded(place: tuple[Workspace, Path], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json", [(f"Q{number}", "A" * 900) for number in range(6)])
+    run = trained(place[0], data, max_seq_len=600)
+    assert failure(run) == (
+        "max_seq_len is 600 and the longest row has 600 tokens, but this model was made for 512. Set max_seq_len to 512."
+    )
+    assert "quantizing" not in [event.name for event in tiny.events_of(run, Phase)]
+    assert trained(place[0], data, max_seq_len=512, max_steps=1, micro_batch_size=1).state() == "finished"
 
 
 def test_held_out_rows_without_a_token_to_measure_are_told_and_the_run_goes_on(place: tuple[Workspace, Path], tmp_path: Path) -> None:
@@ -147,8 +157,8 @@ def test_a_model_that_is_nowhere_is_one_sentence_with_its_name(workspace: Worksp
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"target_modules": "nowhere"}, "target_modules is 'nowhere': "),
-        ({"target_modules": ","}, "target_modules is ',': "),
+        ({"target_modules": "nowhere"}, "target_modules has 'nowhere', but this model has no such module. It has down_proj, "),
+        ({"target_modules": ","}, "target_modules has '', but this model has no such module. "),
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16', but there is no GPU here: use auto, float32 or bfloat16."),
     ],
 )

@@ -48,7 +48,7 @@ def add_adapter(base: Any, adapter: AdapterConfig, seed: int, learned: Sequence[
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         init_lora_weights=START[adapter.init_lora_weights],
-        trainable_token_indices=token_layers(base, list(learned)),
+        trainable_token_indices=token_layers(base, list(learned), fully or []),
         task_type="SEQ_2_SEQ_LM" if getattr(base.config, "is_encoder_decoder", False) else "CAUSAL_LM",
     )
     _check_bias(base, adapter.lora_bias)
@@ -72,27 +72,48 @@ def _ready(model: PeftModel) -> PeftModel:
     return model
 
 
-def token_layers(base: Any, learned: list[int]) -> dict[str, list[int]] | None:
-    """In PEFT's words: of which layers which rows are trained. A head that shares the embedding's rows is no layer of its own."""
+def token_layers(base: Any, learned: list[int], fully: Collection[str]) -> dict[str, list[int]] | None:
+    """In PEFT's words: of which layers which rows are trained. A head that shares the embedding's rows is no layer of its own.
+
+    Of a layer that is trained `fully`, all rows are trained anyway.
+    """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    return {name: learned for name, module in base.named_modules() if any(module is layer for layer in layers)} if learned else None
+    names = [name for name, module in base.named_modules() if any(module is layer for layer in layers) and name not in fully]
+    return dict.fromkeys(names, learned) if learned and names else None
 
 
 def target_modules(base: Any, wish: str) -> str | list[str]:
-    """The wish in PEFT's words. Raises UserError for `attention` in a model whose attention has no name of its own."""
+    """The wish in PEFT's words. Raises UserError for a name that no module has, and for `attention` where none is named so."""
     if wish == "all-linear":
         return wish
     if wish != "attention":
-        return _names(wish)
+        return _present(base, _names(wish))
     names = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and any(word in name.lower().rpartition(".")[0] for word in ATTENTION)
+        if _is_linear(module) and any(word in name.lower().rpartition(".")[0] for word in ATTENTION)
     ]
     if not names:
         raise UserError("target_modules is 'attention', but no module of this model is named so. Name the modules.", field="target_modules")
     return names
+
+
+def _present(base: Any, names: list[str]) -> list[str]:
+    paths = [f".{path}" for path, _ in base.named_modules() if path]
+    if missing := [name for name in names or [""] if not any(path.endswith(f".{name}") for path in paths)]:
+        head = base.get_output_embeddings()
+        linear = {path.rpartition(".")[2] for path, module in base.named_modules() if _is_linear(module) and module is not head}
+        raise UserError(
+            f"target_modules has {missing[0]!r}, but this model has no such module. It has {', '.join(sorted(linear))}; "
+            "all-linear takes them all.",
+            field="target_modules",
+        )
+    return names
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def layers_pattern(base: Any, skipped: Collection[int]) -> str | None:
@@ -193,7 +214,7 @@ def continue_adapter(base: Any, adapter: AdapterConfig, folder: Path, base_name:
             raise ValueError(f"it lacks {len(missing)} of its weights")  # PEFT would leave them as they are drawn
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"init_adapter is {adapter.init_adapter!r}, which does not fit {base_name}: {str(error).strip().splitlines()[-1].strip()}. "
+            f"init_adapter is {adapter.init_adapter!r}, which does not fit {base_name}: {str(error).strip().splitlines()[-1].strip(' .')}. "
             "Choose an adapter of this model.",
             field="init_adapter",
         ) from error
@@ -234,7 +255,8 @@ def _differences(base: Any, adapter: AdapterConfig, written: LoraConfig) -> list
     ]
     told: list[tuple[str, Any, Any]] = [pair for pair in pairs if pair[1] != pair[2]]
     if _targeted(base, target_modules(base, adapter.target_modules)) != _targeted(base, written.target_modules):
-        its_own = written.target_modules if isinstance(written.target_modules, str) else ", ".join(sorted(written.target_modules or ()))
+        names = [written.target_modules] if isinstance(written.target_modules, str) else written.target_modules or ()
+        its_own = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
         told.append(("target_modules", adapter.target_modules, its_own))
     return told
 
@@ -242,7 +264,7 @@ def _differences(base: Any, adapter: AdapterConfig, written: LoraConfig) -> list
 def _targeted(base: Any, targets: str | Collection[str]) -> set[str]:
     """The linear layers that PEFT would adapt for these targets."""
     head = base.get_output_embeddings()
-    linear = {name for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head}
+    linear = {name for name, module in base.named_modules() if _is_linear(module) and module is not head}
     if targets == "all-linear":
         return linear
     if isinstance(targets, str):

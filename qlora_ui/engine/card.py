@@ -41,7 +41,7 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], t
             "",
             f"# LoRA adapter for {code(base)}",
             "",
-            f"Trained with QLoRA: the base is frozen in {config.quantization.quant_type.upper()}, the adapter is all that was learned.",
+            f"The base is frozen {stored(config)}, the adapter is all that was learned.",
             "",
             f"- Base model: {code(base)}" + (f", commit {code(commit)}" if commit else ""),
             f"- Data: {code(data)}" + (f", licence {licence}" if licence else ", licence not known"),
@@ -64,6 +64,13 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], t
             *(f"- {name} {version}" for name, version in facts.get("versions", {}).items()),
             "",
         ]
+    )
+
+
+def stored(config: RunConfig) -> str:
+    """How the base was stored, in words."""
+    return {"4": f"in {config.quantization.quant_type.upper()} (QLoRA)", "8": "in 8 bits"}.get(
+        config.quantization.quant_bits, "unquantized"
     )
 
 
@@ -101,20 +108,33 @@ def losses(events: Sequence[Event]) -> list[str]:
 
 def loading(base: str, commit: str | None, config: RunConfig, two_sided: bool) -> list[str]:
     """The lines of Python that load the adapter without this app."""
-    q = config.quantization
-    revision = f", revision={commit!r}" if commit else ""
     kind = "AutoModelForSeq2SeqLM" if two_sided else "AutoModelForCausalLM"
+    bits = quantization(config)
+    told = [repr(base)]
+    told += [f"revision={commit!r}"] if commit else []
+    told += ["quantization_config=bits"] if bits else []
+    told += ["trust_remote_code=True"] if config.model.trust_remote_code else []
+    # A model may have rows to spare; only one with too few is given more.
+    room = ["base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))"]
     return [
-        "import torch",
         "from peft import PeftModel",
-        f"from transformers import {kind}, AutoTokenizer, BitsAndBytesConfig",
+        f"from transformers import {kind}, AutoTokenizer" + (", BitsAndBytesConfig" if bits else ""),
         "",
         'adapter = "."  # the folder of this card, or its id on the Hub',
-        f"bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={q.quant_type!r}, bnb_4bit_use_double_quant={q.double_quant})",
-        f"base = {kind}.from_pretrained({base!r}{revision}, quantization_config=bits)",
-        "model = PeftModel.from_pretrained(base, adapter)",
         "tokenizer = AutoTokenizer.from_pretrained(adapter)  # with the chat template that it was trained in",
+        *([f"bits = {bits}"] if bits else []),
+        f"base = {kind}.from_pretrained({', '.join(told)})",
+        *(room if config.data.new_tokens else []),
+        "model = PeftModel.from_pretrained(base, adapter)",
     ]
+
+
+def quantization(config: RunConfig) -> str:
+    """The base's storage as a line of Python; nothing for one that is not quantized."""
+    q = config.quantization
+    if q.quant_bits == "4":
+        return f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={q.quant_type!r}, bnb_4bit_use_double_quant={q.double_quant})"
+    return "BitsAndBytesConfig(load_in_8bit=True)" if q.quant_bits == "8" else ""
 
 
 def code(value: Any) -> str:

@@ -200,18 +200,23 @@ def _unloadable(found: Found, error: Exception, what: str = "") -> UserError:
     return UserError(said, field="model")
 
 
-def load_tokenizer(found: Found) -> Any:
+def load_tokenizer(found: Found, adapter: Path | None = None) -> Any:
     """The model's tokenizer, with a pad token (its end token when it has none: padding is masked, so it is never learned).
 
-    It knows whether it serves an encoder-decoder, whose rows are written in another way. Raises UserError when the folder
-    has none that can be read.
+    Or that of an `adapter` to go on with, where that one has tokens of its own. It knows whether it serves an
+    encoder-decoder, whose rows are written in another way, and how long a row of a causal model may be. Raises UserError when the
+    folder has none that can be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=found.trusted)
+        if adapter and (adapter / "tokenizer_config.json").is_file():
+            its_own = AutoTokenizer.from_pretrained(adapter, trust_remote_code=found.trusted)
+            tokenizer = its_own if len(its_own) > len(tokenizer) else tokenizer
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
     except Exception as error:
         raise _unloadable(found, error, "The tokenizer of ") from error
     tokenizer.encoder_decoder = config.is_encoder_decoder
+    tokenizer.longest_row = None if config.is_encoder_decoder else getattr(config.get_text_config(), "max_position_embeddings", None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -269,9 +274,9 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
         raise _unloadable(found, error) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"{found.public_name} lacks {len(missing)} of its weights (the first is {missing[0]}). {COPY_AGAIN}", field="model")
-    if left := left_whole(model):
-        said = f"Not in 4 bits, because transformers does not quantize it: {', '.join(left)} ({sum(left.values()):,} parameters)"
-        emit(Log(text=said, level="warning"))
+    if quantization.quant_bits != "16" and (left := left_whole(model)):
+        said = f"Not in {quantization.quant_bits} bits, because transformers does not quantize it: "
+        emit(Log(text=f"{said}{', '.join(left)} ({sum(left.values()):,} parameters)", level="warning"))
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 bitsandbytes repacks the weights at the first forward in eval mode, for a kernel

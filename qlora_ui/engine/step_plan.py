@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_ui.config import RunConfig
-from qlora_ui.engine import cpu
+from qlora_ui.engine import cpu, cpu_adapter
 from qlora_ui.engine.batches import Row, StepCollator, packed
 from qlora_ui.engine.hardware import GIB, Hardware, free_memory_gib, torch_dtype
 from qlora_ui.engine.loss import Loss
@@ -55,6 +55,7 @@ def plan_steps(model: Any, config: RunConfig, hardware: Hardware, rows: FittedRo
     sample = [cut(rows[index]) for index in range(min(len(rows), 2))]
     if hardware.kind == "cpu":
         cpu.draw_dropout_faster(model)
+        emit(Log(text=f"{cpu_adapter.compute_at_once(model)} 4-bit layers are computed at once with their adapters"))
     loss = choose_loss(model, sample[0], emit)
     token_budget = choose_packing(model, config, hardware, sample, emit)
     by_row = bool(token_budget) and hardware.kind == "cpu" and choose_attention_by_row(model, sample, emit)

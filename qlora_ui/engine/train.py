@@ -89,7 +89,7 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     hardware = detect(config.quantization.compute_dtype)
     emit(Log(text=f"Device: {hardware.chip()}"))
     emit(Log(text=f"Compute dtype {hardware.compute_dtype}: {hardware.reason}"))
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(found, start)
     new = tokens.add_new(tokenizer, config.data.new_tokens)
     tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
 
@@ -217,6 +217,14 @@ def encode(run: Run, tokenizer: Any, data: checks.DataSet, emit: Emit, should_st
         raise UserError(
             f"None of the {len(train_set)} rows has a token to train on within max_seq_len {config.data.max_seq_len}. "
             "Raise max_seq_len or change what is trained on.",
+            field="max_seq_len",
+        )
+    longest = max(int(rows.fitted.lengths.max(initial=0)) for rows in (train_rows, held_out_rows))
+    limit = getattr(tokenizer, "longest_row", None)
+    if limit and longest > limit:
+        raise UserError(
+            f"max_seq_len is {config.data.max_seq_len} and the longest row has {longest:,} tokens, but this model was made for {limit:,}. "
+            f"Set max_seq_len to {limit}.",
             field="max_seq_len",
         )
     return train_rows, held_out_rows
@@ -351,6 +359,12 @@ class Reporter(TrainerCallback):
                 trained_tokens=self.train_rows.trained_tokens,
             )
         )
+        warm_up = args.get_warmup_steps(state.max_steps)
+        if warm_up >= state.max_steps:
+            said = (
+                f"The learning rate rises over {warm_up} steps, and the run has {state.max_steps}: it never reaches {args.learning_rate:g}"
+            )
+            self.emit(Log(text=f"{said}. Lower warmup_steps and warmup_ratio, or train longer", level="warning"))
         self._end_here()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
