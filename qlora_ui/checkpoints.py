@@ -78,7 +78,9 @@ def put_aside(run: Run, newest: Path | None) -> list[str]:
     said = []
     for folder in all_of(run):
         if newest and step_of(folder) <= step_of(newest):
-            break
+            if not (folder / SEAL).exists():
+                shutil.rmtree(folder)  # what a kill left of one that was being thinned
+            continue
         wrong = damage(folder)
         if not wrong:
             (folder / SEAL).unlink()

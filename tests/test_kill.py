@@ -11,7 +11,7 @@ from tests.benchmarks.kill import Kill, Trainer, kill, trainer
 KILLS = [
     Kill(executor="thread", phase="loading", delay_seconds=0.05),
     Kill(executor="thread", phase="checkpoint", count=9),
-    Kill(executor="thread", phase="thinning", count=4),
+    Kill(executor="thread", phase="thinning", count=22),  # after the last step
     Kill(executor="thread", phase="event", count=30),
     Kill(executor="thread", phase="adapter", count=3),
     Kill(executor="process", phase="step", count=5, victim="all"),

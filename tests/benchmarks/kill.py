@@ -1,7 +1,8 @@
 """Runs killed with SIGKILL at seeded moments, each of which must tell the truth after it, have all it reported, and go on exactly.
 
 `python -m tests.benchmarks kill [--seed N]`. The runs are trained through the command line, in forks of one process (tests/mortal.py),
-and through accelerate's launcher, where the worker, the launcher or all processes are killed from outside.
+and through accelerate's launcher, where the worker, the launcher or all processes are killed from outside. After each kill the real app
+is started and asked how the run stands.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,6 @@ DELAYS = {"loading": 0.3, "tokenizing": 0.02, "step": 0.03, "checkpoint": None, 
 DELAYS |= {"event": None, "adapter": None, "adapter replaced": None}
 VICTIMS = ("worker", "launcher", "all")
 KILLS = 40
-APP_STARTS = 8  # of so many kills, one is looked at by the real app
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +140,26 @@ def plan(moments: dict[str, int], seed: int, kills: int) -> list[Kill]:
     return planned
 
 
-def kill(trainer: Trainer, planned: Kill) -> Run:
-    """Do it. Raises AssertionError where the run does not tell the truth after it, lacks something, or does not go on exactly."""
+def settle(trainer: Trainer, _: Run) -> None:
+    """What an app does first."""
+    trainer.workspace.settle()
+
+
+def ask_app(trainer: Trainer, run: Run) -> None:
+    """Start the real app on what is left; it must say how the run stands."""
+    from gradio_client import Client
+    from serving import served
+
+    with served(trainer.workspace.root) as app:
+        told: dict[str, Any] = Client(app.url, verbose=False).predict(run.id, api_name="/run_status")
+    assert told["state"] == run.state(), (told, run.state())
+
+
+def kill(trainer: Trainer, planned: Kill, look: Callable[[Trainer, Run], None] = settle) -> Run:
+    """Do it, and look. Raises AssertionError where the run does not tell the truth after it, lacks something, or does not go on exactly."""
     shutil.rmtree(trainer.workspace.root / "cache", ignore_errors=True)  # else only the first would tokenize
     run = kill_process(trainer, planned) if planned.executor == "process" else kill_thread(trainer, planned)
-    trainer.workspace.settle()
+    look(trainer, run)
     check_truth(run, planned)
     check_saved(run, trainer.model)
     if run.state() != "finished":
@@ -238,16 +253,6 @@ def check_whole(run: Run, trainer: Trainer) -> None:
     assert all(not checkpoints.damage(folder) for folder in checkpoints.all_of(run))
 
 
-def ask_app(trainer: Trainer, run: Run) -> str:
-    """How the run stands, said by the real app."""
-    from gradio_client import Client
-    from serving import served
-
-    with served(trainer.workspace.root) as app:
-        told: dict[str, Any] = Client(app.url, verbose=False).predict(run.id, api_name="/run_status")
-    return str(told["state"])
-
-
 def main(arguments: list[str], kills: int = KILLS) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks kill")
     parser.add_argument("--seed", type=int, default=20261125, help="of the moments at which it kills")
@@ -258,9 +263,7 @@ def main(arguments: list[str], kills: int = KILLS) -> None:
             where = planned.phase if planned.executor == "thread" else f"{planned.victim} killed"
             held = done.setdefault((planned.executor, where), [])
             try:
-                run = kill(opened, planned)
-                if number % APP_STARTS == 0:
-                    assert ask_app(opened, run) == run.state()
+                kill(opened, planned, ask_app)
                 held.append(True)
             except AssertionError as error:
                 held.append(False)
