@@ -79,12 +79,13 @@ def picture(runs: Sequence[Shown]) -> str:
     margin = (high - low) * 0.06 or 0.1
     scale = Scale(last_step=max(*steps, 1), low=low - margin, high=high + margin)
     lines = "".join(line(at, scale, train, held_out) for at, (_, train, held_out) in enumerate(drawn))
+    measured = "".join(dots(at, scale, held_out) for at, (_, _, held_out) in enumerate(drawn))
     names = ", ".join(f"{run.title} down to {min(loss for _, loss in train):.3f}" for run, train, _ in drawn if train)
     keys = "".join(f'<span><i class="key run-{at}"></i>{escape(run.title)}</span>' for at, (run, _, _) in enumerate(drawn))
     said = escape(f"Training loss: {names}")
     return (
         f'<figure class="curves"><div class="plot" role="img" aria-label="{said}">{"".join(axes(scale))}'
-        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{lines}</svg></div><figcaption>{keys}'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{lines}</svg>{measured}</div><figcaption>{keys}'
         '<span class="quiet">line: training loss, smoothed · points: held-out loss</span></figcaption></figure>'
     )
 
@@ -119,9 +120,13 @@ def line(at: int, scale: Scale, train: Sequence[Point], held_out: Sequence[Point
     def path(points: Sequence[Point]) -> str:
         return " ".join(f"{scale.x(step):.2f},{scale.y(loss):.2f}" for step, loss in points if math.isfinite(loss))
 
-    # A line of no length with round ends is a dot that stays round however the picture is stretched.
-    dots = "".join(f'<path d="M{place} {place}"/>' for place in path(held_out).split())
-    return f'<g class="run-{at}"><polyline points="{path(train)}"/><polyline class="held" points="{path(held_out)}"/>{dots}</g>'
+    return f'<g class="run-{at}"><polyline points="{path(train)}"/><polyline class="held" points="{path(held_out)}"/></g>'
+
+
+def dots(at: int, scale: Scale, held_out: Sequence[Point]) -> str:
+    """Outside the drawing, which is stretched: dots stay round."""
+    places = [(scale.x(step), scale.y(loss)) for step, loss in held_out if math.isfinite(loss)]
+    return "".join(f'<i class="dot run-{at}" style="left:{x:.2f}%;top:{y:.2f}%"></i>' for x, y in places)
 
 
 def axes(scale: Scale) -> Iterator[str]:
