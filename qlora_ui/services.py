@@ -22,6 +22,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.events import Event, State
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
+from qlora_ui.overview import Overview
 from qlora_ui.progress import Progress, duration
 from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
@@ -130,6 +131,7 @@ class Services:
     jobs: Jobs
     chat: Chat
     watch: Watch
+    overview: Overview
     inspector: Inspector
     hardware: Callable[[], Hardware | None]
     restart: Callable[[], None] = restart_process
@@ -282,8 +284,15 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
     """The real services over a workspace."""
     chat = EngineChat(workspace)
     jobs = Jobs(workspace, make_room=chat.release)
+    watch = Watch()
     return Services(
-        workspace=workspace, jobs=jobs, chat=chat, watch=Watch(), inspector=Inspector(workspace, workspace.root), hardware=warm_up.hardware
+        workspace=workspace,
+        jobs=jobs,
+        chat=chat,
+        watch=watch,
+        overview=Overview(workspace, watch.progress),
+        inspector=Inspector(workspace, workspace.root),
+        hardware=warm_up.hardware,
     )
 
 

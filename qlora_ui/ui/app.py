@@ -13,7 +13,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, live, markup, run_bar, scripting, theme, train_tab
+from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, live, markup, run_bar, runs_tab, scripting, theme, train_tab
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -29,9 +29,12 @@ def build(services: Services) -> gr.Blocks:
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
                 chat = chat_tab.build(services)
+            with gr.Tab("Runs", id="runs", elem_id="tab-runs") as runs_shown:
+                runs = runs_tab.build(services, QUIET)
+                runs_shown.select(None, None, None, js=runs_tab.REFRESH)
         news = live.News(services)
         seen = live.build(news)
-        wire(services, bar, tabs, data, train, chat, seen, news, page)
+        wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
         scripting.build(services)
     return page
 
@@ -48,6 +51,7 @@ def wire(
     data: data_tab.DataTab,
     train: train_tab.TrainTab,
     chat: chat_tab.ChatTab,
+    runs: runs_tab.RunsTab,
     seen: gr.HTML,
     news: live.News,
     page: gr.Blocks,
@@ -86,6 +90,11 @@ def wire(
     run_bar.wire(services, bar, train.isolated, look, QUIET)
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
     bar.chat.click(partial(talk_to, services), [bar.run], [tabs, chat.run], **QUIET)
+
+    runs.chat.click(partial(talk_to, services), [runs.one], [tabs, chat.run], **QUIET)
+    own = partial(own_settings, services, names)
+    runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
+    page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
 
 
 def wire_resume_with(
@@ -179,6 +188,16 @@ def filled_by(names: list[str], config: RunConfig) -> list[Any]:
     path, hub_id = (reference if source == kind else None for kind in (data_source.WORKSPACE, data_source.HUB))
     preset = config.preset if config.preset in presets.names() else gr.skip()
     return [preset, *form.filled(names, config.values()), source, reference, path, hub_id]
+
+
+def linked_run(services: Services) -> Any:
+    """Opens the run of the page's address, `?run=ID`. Gradio gives a request to plain functions only."""
+
+    def opened_by_link(request: gr.Request) -> list[Any]:
+        run = services.find(str(request.query_params.get("run", "")))
+        return [gr.Tabs(selected="runs"), [run.id]] if run else [gr.skip(), gr.skip()]
+
+    return opened_by_link
 
 
 def suggested(services: Services, names: list[str], preset: str, chosen: str, *values: Any) -> Any:

@@ -31,7 +31,10 @@ function take({ version, run, redraw, parts, log, curve: points }, asked) {
   shown.count = log.count;
   window.showNews();
   window.lossPlotTake?.(asked, points);
-  if (redraw && redraw !== props.value) props.value = redraw;
+  if (redraw && redraw !== props.value) {
+    props.value = redraw;
+    window.runsChanged?.();
+  }
 }
 
 /** Write what is known into what is in the page; a tab that is opened later calls it for itself. */

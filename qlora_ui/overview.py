@@ -1,0 +1,102 @@
+"""All runs, one row each, as the table of runs shows them. Knows nothing of Gradio or torch."""
+
+from __future__ import annotations
+
+import calendar
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qlora_ui import labels
+from qlora_ui.config import RunConfig
+from qlora_ui.data import sources
+from qlora_ui.errors import UserError
+from qlora_ui.events import State
+from qlora_ui.progress import Point, Progress
+from qlora_ui.runs import STAMP, Run, Workspace
+
+SPARK_POINTS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """What the table says of a run. `best_loss` is held-out; `started` is in seconds since 1970, UTC."""
+
+    id: str
+    title: str
+    notes: str
+    state: State
+    model: str
+    data: str
+    step: int
+    total_steps: int
+    best_loss: float | None
+    started: int
+    size_bytes: int
+    spark: list[float]
+
+
+class Overview:
+    """The rows of all runs. A run whose events did not grow is not looked at again."""
+
+    def __init__(self, workspace: Workspace, progress: Callable[[Run], Progress]) -> None:
+        self._workspace, self._progress = workspace, progress
+        self._known: dict[str, tuple[int, RunRow]] = {}
+        self._lock = threading.Lock()
+
+    def rows(self) -> list[RunRow]:
+        """Newest first."""
+        with self._lock:
+            known, rows = self._known, list[RunRow]()
+            self._known = {}
+            for run in self._workspace.all():
+                try:
+                    size, row = known.get(run.id, (-1, None))
+                    if row is None or size != run.size():
+                        size, row = run.size(), self._row(run)
+                except FileNotFoundError:  # discarded meanwhile
+                    continue
+                self._known[run.id] = (size, row)
+                rows.append(row)
+            return rows
+
+    def forget(self, run: Run) -> None:
+        """What is not in its events has changed: its label."""
+        with self._lock:
+            self._known.pop(run.id, None)
+
+    def _row(self, run: Run) -> RunRow:
+        progress, label = self._progress(run), labels.load(run)
+        model, data = what_is_trained(run)
+        return RunRow(
+            id=run.id,
+            title=label.title or run.name,
+            notes=label.notes,
+            state=progress.state,
+            model=model,
+            data=data,
+            step=progress.step,
+            total_steps=progress.total_steps,
+            best_loss=progress.best.loss if progress.best else None,
+            started=calendar.timegm(time.strptime(run.id[:15], STAMP)),
+            size_bytes=sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file()),
+            spark=spark(progress.train.points),
+        )
+
+
+def what_is_trained(run: Run) -> tuple[str, str]:
+    """Model and data, short; empty where the run's config is of a version that cannot be read."""
+    try:
+        config: RunConfig = run.config()
+    except (UserError, json.JSONDecodeError):
+        return "", ""
+    return config.model.model.rpartition("/")[2], sources.shown(config.data.data)
+
+
+def spark(points: list[Point]) -> list[float]:
+    """A curve thinned to what a line of a table can show: the mean of neighbours."""
+    size = -(-len(points) // SPARK_POINTS) or 1
+    parts = [points[at : at + size] for at in range(0, len(points), size)]
+    return [sum(value for _, value in part) / len(part) for part in parts]
