@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qlora_ui import presets
 from qlora_ui.config import RunConfig
@@ -82,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=200)
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(command=chat_command)
+
+    script = commands.add_parser("script", help="write a folder with script and notebook that train a run again without this app")
+    script.add_argument("--run", required=True, help="the run's id, or 'last'")
+    script.add_argument("--to", required=True, metavar="FOLDER", help="the folder to make")
+    script.set_defaults(command=script_command)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)
@@ -280,6 +286,17 @@ def last_with_adapter(workspace: Workspace) -> Run:
         if run.adapter.is_dir():
             return run
     raise UserError(f"No run in {workspace.runs} has an adapter yet. Train one: python -m qlora_ui train", field="run")
+
+
+def script_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
+    """Write what trains the run again elsewhere."""
+    run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
+    from qlora_ui.engine import script
+
+    folder = Path(arguments.to).expanduser().resolve()
+    script.write(run, folder)
+    print(f"Written to {folder}. Train with: python {folder / 'train.py'}")
+    return 0
 
 
 def runs_command(arguments: argparse.Namespace, workspace: Workspace) -> int:

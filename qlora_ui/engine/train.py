@@ -281,7 +281,6 @@ def training_arguments(
 
     What is one batch to Trainer is all rows of an optimizer step: how they are parted into micro-batches is the collator's.
     """
-    o, s = config.optimization, config.schedule
     return TrainingArguments(
         output_dir=str(run.folder),
         use_cpu=hardware.kind == "cpu",
@@ -289,37 +288,45 @@ def training_arguments(
         fp16=hardware.compute_dtype == "float16",
         per_device_train_batch_size=config.effective_batch,
         per_device_eval_batch_size=config.effective_batch,
-        learning_rate=o.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if o.lr_scheduler == "constant" else o.lr_scheduler,
-        warmup_steps=o.warmup_steps or o.warmup_ratio,
-        num_train_epochs=o.num_train_epochs,
-        max_steps=o.max_steps or -1,
-        optim=o.optimizer,
-        adam_beta1=o.adam_beta1,
-        adam_beta2=o.adam_beta2,
-        adam_epsilon=o.adam_epsilon,
-        max_grad_norm=o.max_grad_norm,
-        weight_decay=o.weight_decay,
-        neftune_noise_alpha=o.neftune_noise_alpha or None,
-        train_sampling_strategy="group_by_length" if o.group_by_length else "random",
         activation_checkpointing=gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
-        seed=o.seed,
-        data_seed=o.seed,
-        eval_strategy="steps" if has_held_out else "no",
-        eval_steps=s.eval_steps,
-        eval_on_start=has_held_out,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=s.save_steps,  # how many are kept is the reporter's business, who knows which are complete
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
         remove_unused_columns=False,
-        label_names=["labels"],
         dataloader_pin_memory=hardware.kind == "cuda",
+        **training_values(config, has_held_out),
     )
+
+
+def training_values(config: RunConfig, has_held_out: bool) -> dict[str, Any]:
+    """The arguments that are the same on every machine and however a step's rows are parted."""
+    o, s = config.optimization, config.schedule
+    return {
+        "learning_rate": o.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if o.lr_scheduler == "constant" else o.lr_scheduler,
+        "warmup_steps": o.warmup_steps or o.warmup_ratio,
+        "num_train_epochs": o.num_train_epochs,
+        "max_steps": o.max_steps or -1,
+        "optim": o.optimizer,
+        "adam_beta1": o.adam_beta1,
+        "adam_beta2": o.adam_beta2,
+        "adam_epsilon": o.adam_epsilon,
+        "max_grad_norm": o.max_grad_norm,
+        "weight_decay": o.weight_decay,
+        "neftune_noise_alpha": o.neftune_noise_alpha or None,
+        "train_sampling_strategy": "group_by_length" if o.group_by_length else "random",
+        "seed": o.seed,
+        "data_seed": o.seed,
+        "eval_strategy": "steps" if has_held_out else "no",
+        "eval_steps": s.eval_steps,
+        "eval_on_start": has_held_out,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": s.save_steps,  # how many are kept is the reporter's business, who knows which are complete
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "label_names": ["labels"],
+    }
 
 
 class Reporter(TrainerCallback):
