@@ -25,17 +25,28 @@ class Preset:
 
 def load(name: str, folder: Path = FOLDER) -> Preset:
     """Read and validate a preset. Raises UserError for an unknown name or a bad value, naming file and value."""
-    path = folder / f"{name}.yaml"
     if name not in names(folder):
         raise UserError(f"There is no preset {name!r}. Presets: {', '.join(names(folder))}.", field="preset")
+    return parse((folder / f"{name}.yaml").read_bytes(), f"Preset {name}.yaml", name)
+
+
+def parse(text: bytes, called: str, name: str = "") -> Preset:
+    """A preset's file, read and validated. What a person saved says itself which preset it was made from. Raises UserError."""
     try:
-        written = yaml.safe_load(path.read_text("utf-8"))
+        written = yaml.safe_load(text.decode("utf-8"))
+        name = name or str(written.get("preset", ""))
         config = RunConfig(preset=name).with_values(written["settings"])
         return Preset(name=name, title=written["title"], about=written["about"], config=config)
     except UserError as error:
-        raise UserError(f"Preset {path.name}: {error}", field="preset") from error
+        raise UserError(f"{called}: {error}", field="preset") from error
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"Preset {path.name} cannot be read: it needs title, about and settings ({error}).", field="preset") from error
+        raise UserError(f"{called} cannot be read: it needs title, about and settings ({error}).", field="preset") from error
+
+
+def dump(config: RunConfig, title: str, about: str = "Saved from the form.") -> str:
+    """Inverse of `parse`: every setting, so that the file means the same when a default changes."""
+    written = {"title": title, "about": about, "preset": config.preset, "settings": config.values()}
+    return yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
 
 
 def names(folder: Path = FOLDER) -> list[str]:

@@ -45,6 +45,14 @@ def test_settings_of_the_file_are_on_top_of_the_defaults(tmp_path: Path) -> None
     assert presets.names(tmp_path) == ["mine"]
 
 
+def test_what_is_dumped_is_read_again_with_every_setting() -> None:
+    config = presets.load("starter").config.with_values({"lora_r": 32, "chat_template": "{{ 'ä: #' }}\n", "data": "uploads/x.json"})
+    read = presets.parse(presets.dump(config, title="mine").encode(), "mine.yaml")
+    assert (read.name, read.title, read.config) == ("starter", "mine", config)
+    with pytest.raises(UserError, match=r"^mine.yaml: .*lora_r"):
+        presets.parse(b"title: x\nabout: x\nsettings: {lora_r: -1}", "mine.yaml")
+
+
 @pytest.mark.parametrize("name", ["nope", "../mine", "mine.yaml", "", "/etc/passwd", "mine/../mine"])
 def test_an_unknown_name_is_refused_with_those_there_are(tmp_path: Path, name: str) -> None:
     (tmp_path / "presets").mkdir()

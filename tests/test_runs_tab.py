@@ -129,6 +129,19 @@ def test_runs_are_found_compared_named_linked_and_deleted(browser: Browser, work
         linked.locator("#run-clone").click()
         expect(linked.locator("#field-lora_r input")).to_have_value("8")
 
+        with linked.expect_download() as saved:
+            linked.locator("#settings-save").click()
+        written = Path(saved.value.path()).read_text("utf-8")
+        assert "lora_r: 8" in written
+        (workspace.root / "mine.yaml").write_text(written.replace("lora_r: 8", "lora_r: 16"), "utf-8")
+        with linked.expect_file_chooser() as chosen:
+            linked.locator("#settings-load").click()
+        chosen.value.set_files(workspace.root / "mine.yaml")
+        expect(linked.locator("#field-lora_r input")).to_have_value("16")
+
+        page.locator("#run-script").click()
+        expect(page.locator("#runs-message")).to_contain_text("has no adapter and no checkpoint yet")
+
         page.locator("#run-delete").click()
         expect(page.locator("#run-delete-question")).to_contain_text("with its log?")
         page.locator("#run-delete-cancel").click()

@@ -13,7 +13,21 @@ from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, live, markup, run_bar, runs_tab, scripting, theme, train_tab
+from qlora_ui.ui import (
+    chat_tab,
+    data_rows,
+    data_source,
+    data_tab,
+    form,
+    live,
+    markup,
+    run_bar,
+    runs_tab,
+    scripting,
+    settings_file,
+    theme,
+    train_tab,
+)
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -74,6 +88,11 @@ def wire(
     }
     filled = [train.preset, *fields, data.source.kind, data.chosen, data.source.path, data.source.hub_id]
     page.load(partial(opened, services, names), [draft], [train.isolated, *filled], **QUIET)
+    train.file.load.upload(partial(loaded, names), [train.file.load], [train.message, *filled], **QUIET)
+    saved = partial(settings_file.saved, names)
+    train.file.save.click(saved, form_values, [train.message, train.file.file], **QUIET).then(
+        None, [train.message], None, js=settings_file.PRESS
+    )
     train.preset.input(partial(train_tab.choose_preset, names), [train.preset], [train.preset, *fields], **QUIET)
     changes = [data.chosen.change, train.preset.input, *[f.change for f in fields]]
     gr.on(changes, **plan, trigger_mode="always_last", **QUIET)
@@ -177,6 +196,14 @@ def own_settings(services: Services, names: list[str], run_id: str) -> list[Any]
     run = services.find(run_id)
     try:
         return ["", *(filled_by(names, run.config()) if run else [gr.skip()] * (len(names) + 5))]
+    except UserError as error:
+        return [markup.error(str(error)), *[gr.skip()] * (len(names) + 5)]
+
+
+def loaded(names: list[str], path: str) -> list[Any]:
+    """What a file says goes into the form."""
+    try:
+        return ["", *filled_by(names, settings_file.read(path))]
     except UserError as error:
         return [markup.error(str(error)), *[gr.skip()] * (len(names) + 5)]
 

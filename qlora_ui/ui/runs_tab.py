@@ -19,6 +19,7 @@ from qlora_ui.ui.comparison import MOST_RUNS, Shown, comparison, report
 
 SCRIPT = Path(__file__).with_name("runs_table.js")
 REFRESH = "() => window.runsChanged?.()"
+PRESS = "(said) => { if (!said) setTimeout(() => document.querySelector('#run-script-file').click(), 100); }"
 COLUMNS = {
     "title": "Name",
     "state": "State",
@@ -70,7 +71,9 @@ def build(services: Services, quiet: dict[str, Any]) -> RunsTab:
         small: dict[str, Any] = {"size": "sm", "scale": 0, "min_width": 120}
         settings = gr.Button("Use its settings", elem_id="run-clone", **small)
         chat = gr.Button("Chat with this run", elem_id="run-chat", **small)
+        script = gr.Button("Script to train it anew", elem_id="run-script", **small)
         delete = gr.Button("Delete", elem_id="run-delete", **small)
+        file = gr.DownloadButton("Script", visible="hidden", elem_id="run-script-file")
     with gr.Row(visible=False, elem_id="run-delete-question") as asked:
         question = gr.HTML()
         confirm = gr.Button("Delete it", variant="stop", elem_id="run-delete-confirm", **small)
@@ -84,6 +87,8 @@ def build(services: Services, quiet: dict[str, Any]) -> RunsTab:
     left = [event for field in (title, notes) for event in (field.submit, field.blur)]
     renamed = gr.on(left, partial(rename, services), [one, title, notes], [message], trigger_mode="always_last", **quiet)
     renamed.then(None, None, None, js=REFRESH)
+    taken = script.click(partial(take_script, services), [one], [message, file], api_visibility="private")
+    taken.success(None, [message], None, js=PRESS)
     delete.click(partial(ask, services), [one], [asked, question], **quiet).then(
         None, None, None, js="() => setTimeout(() => document.querySelector('#run-delete-cancel')?.focus(), 50)"
     )
@@ -136,6 +141,15 @@ def rename(services: Services, run_id: str, title: str, notes: str) -> str:
         services.overview.forget(run)
 
     return on(services, run_id, keep)
+
+
+def take_script(services: Services, run_id: str) -> list[Any]:
+    """A zip for the hidden button, or why there is none."""
+    run = services.find(run_id)
+    try:
+        return ["", gr.update(value=str(services.script(run)))] if run else ["", gr.skip()]
+    except UserError as error:
+        return [markup.error(str(error)), gr.skip()]
 
 
 def ask(services: Services, run_id: str) -> list[Any]:

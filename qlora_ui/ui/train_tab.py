@@ -14,7 +14,7 @@ from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import checks, sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, live, markup
+from qlora_ui.ui import form, live, markup, settings_file
 from qlora_ui.ui.plots import loss_plot
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class TrainTab:
     plan: gr.HTML
     names: list[str]
     fields: list[gr.components.Component]
+    file: settings_file.SettingsFile
     isolated: gr.Checkbox
     start: gr.Button
     resume_with: gr.Button
@@ -64,6 +65,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             fields: dict[str, gr.components.Component] = {"model": model}
             fields |= form.main_fields(first.config)
             fields |= form.advanced_fields(first.config)
+            file = settings_file.build()
             with gr.Column(elem_id="start-box"):
                 plan = gr.HTML(elem_id="train-plan")
                 message = gr.HTML(elem_id="start-message")
@@ -84,6 +86,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
         plan=plan,
         names=list(fields),
         fields=list(fields.values()),
+        file=file,
         isolated=isolated,
         start=start,
         resume_with=resume_with,

@@ -1,0 +1,59 @@
+"""Settings as a file: saved from the form, loaded into it. Knows nothing of runs or torch."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from qlora_ui import presets
+from qlora_ui.config import RunConfig
+from qlora_ui.errors import UserError
+from qlora_ui.ui import form, markup
+
+MOST_BYTES = 1_000_000
+PRESS = "(said) => { if (!said) setTimeout(() => document.querySelector('#settings-file').click(), 100); }"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsFile:
+    """The two buttons, and the hidden one that hands over what was saved."""
+
+    load: gr.UploadButton
+    save: gr.Button
+    file: gr.DownloadButton
+
+
+def build() -> SettingsFile:
+    with gr.Row(elem_id="settings-as-file"):
+        return SettingsFile(
+            load=gr.UploadButton("Load settings", file_types=[".yaml", ".yml"], size="sm", elem_id="settings-load"),
+            save=gr.Button("Save settings", size="sm", elem_id="settings-save"),
+            file=gr.DownloadButton("Settings", visible="hidden", elem_id="settings-file"),
+        )
+
+
+def saved(names: list[str], preset: str, data: str, *values: Any) -> list[Any]:
+    """The form's settings as a file for the hidden button, or why there is none."""
+    try:
+        return ["", gr.update(value=written(form.read(preset, data, names, values), f"{preset}-settings"))]
+    except UserError as error:
+        return [markup.error(str(error)), gr.skip()]
+
+
+def written(config: RunConfig, name: str) -> str:
+    """The path of a new file that holds them."""
+    path = Path(tempfile.mkdtemp(prefix="settings-")) / f"{name}.yaml"
+    path.write_text(presets.dump(config, title=name), "utf-8")
+    return str(path)
+
+
+def read(path: str) -> RunConfig:
+    """What a file says. Raises UserError when it cannot be read or a value is wrong."""
+    file = Path(path)
+    if file.stat().st_size > MOST_BYTES:
+        raise UserError(f"{file.name} has {file.stat().st_size:,} bytes, more than settings ever need. Choose a file that was saved here.")
+    return presets.parse(file.read_bytes(), file.name).config
