@@ -121,7 +121,7 @@ def check_data_command(arguments: argparse.Namespace, workspace: Workspace) -> i
         print(json.dumps(data_report(error.report, nothing)) if arguments.json else data_words(error.report, nothing))
         raise
     if seen is None or seen.data is None or seen.lengths is None:
-        raise UserError(seen.no_tokens if seen else f"{arguments.data} could not be read.")
+        raise UserError(seen.problem or seen.no_tokens if seen else f"{arguments.data} could not be read.")
     if arguments.json:
         print(json.dumps(data_report(seen.data.report, seen.lengths)))
     else:

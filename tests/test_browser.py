@@ -311,3 +311,6 @@ def test_the_report_is_always_of_the_source_that_is_selected(page: Page, tmp_pat
     page.locator("#data-source").get_by_text("Hugging Face", exact=True).click()
     expect(page.locator("#data-summary")).to_contain_text("Name a data set at the left")
     expect(page.locator("#data-use")).to_be_disabled()
+    for kind in (*["Bundled", "Upload", "Paste", "Workspace", "Hugging Face"] * 3, "Bundled"):  # faster than they are answered
+        page.locator("#data-source").get_by_text(kind, exact=True).click()
+    expect(page.locator("#data-summary")).to_contain_text("252 rows")

@@ -115,6 +115,15 @@ def test_without_its_model_a_set_is_told_without_tokens(inspector: Inspector, tm
     assert seen.no_tokens == "nobody/nothing is not on this machine yet, so its tokens cannot be counted."
 
 
+def test_rows_that_the_prompt_format_cannot_write_are_a_problem_and_no_tokenizer_to_be_fetched(
+    inspector: Inspector, tmp_path: Path
+) -> None:
+    seen = last(inspector.look(config(many(tmp_path / "a.jsonl", 5), prompt_format="custom", chat_template="{{ raise_exception('no') }}")))
+    assert seen.data is not None
+    assert seen.no_tokens == ""
+    assert seen.problem.startswith("Row 1: The chat template refuses the conversation: line 1: no.")
+
+
 def test_nothing_to_train_on_is_a_problem_with_its_remedy(inspector: Inspector, tmp_path: Path) -> None:
     long = many(tmp_path / "a.jsonl", 5, prompt="word " * 200)
     seen = last(inspector.look(config(long, max_seq_len=32)))

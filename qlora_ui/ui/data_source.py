@@ -50,7 +50,7 @@ def build(config: RunConfig) -> DataSource:
     kind = gr.Radio(kinds, value=BUNDLED, label="Where the rows come from", elem_id="data-source")
     bundled = gr.HTML(data_markup.bundled_cards(), elem_id="data-bundled")
     upload = gr.File(
-        label=f"Files: {', '.join(SUFFIXES)}, each also .gz",
+        label=f"Files: {' '.join(SUFFIXES)} (.gz)",
         file_count="multiple",
         file_types=[*SUFFIXES, ".gz"],
         visible=False,
@@ -108,7 +108,8 @@ def wire(services: Services, source: DataSource, told: list[gr.components.Compon
         source.read_paste.click,
         source.path.input,
     ]
-    gr.on(asked, partial(choose_held, services), held, told, **QUIET)
+    # Whoever clicks faster than the server answers gets what was clicked last, not what was clicked first.
+    gr.on(asked, partial(choose_held, services), held, told, trigger_mode="always_last", **QUIET)
     for button, entry in zip(source.cards, catalog.CATALOG.values(), strict=True):
         button.click(partial(choose_named, entry.reference), None, [*told, source.hub_id], **QUIET)
 

@@ -224,7 +224,7 @@ def shown(services: Services, config: RunConfig, seen: Look) -> list[Any]:
     return [
         report.fingerprint,
         data_markup.summary(seen) + markup.error(seen.problem),
-        (data_markup.lengths(lengths) if lengths else markup.note(seen.no_tokens)) + markup.note(seen.trouble),
+        (data_markup.lengths(lengths) if lengths else markup.note(seen.no_tokens) or NO_LENGTHS) + markup.note(seen.trouble),
         gr.update(interactive=not seen.doing and not seen.problem),
         gr.update(visible=bool(seen.doing)),
         gr.update(visible=not seen.doing and bool(report.dropped or seen.left_out)),
