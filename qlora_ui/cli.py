@@ -261,10 +261,10 @@ def describe(event: Event) -> str:
 def chat_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Print the answer as it is written."""
     run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
-    from qlora_ui.engine.chat import ChatModel, Sampling
+    from qlora_ui.engine import chat
 
-    sampling = Sampling(temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
-    model = ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
+    sampling = chat.Sampling(temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    model = chat.ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
     question = [Message(role="user", content=arguments.prompt)]
     printed = ""
     for answers in model.reply([("base" if arguments.base else "adapter", question)], sampling):

@@ -22,10 +22,10 @@ Train = Callable[[Run, Emit, ShouldStop, Path | None], None]
 def engine_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None = None) -> None:
     """The real training; its libraries are loaded here, because importing them takes seconds."""
     emit(Phase(name="loading", detail="libraries"))
-    abandonable(lambda: importlib.import_module("qlora_ui.engine.train"), should_stop)
-    from qlora_ui.engine.train import train
+    abandonable(lambda: importlib.import_module("qlora_ui.engine"), should_stop)
+    from qlora_ui.engine import train
 
-    train(run, emit, should_stop, checkpoint)
+    train.train(run, emit, should_stop, checkpoint)
 
 
 def execute(run: Run, train: Train, checkpoint: Path | None = None) -> None:
@@ -99,11 +99,11 @@ def planned_steps(run: Run) -> int:
 
 def keep_newest(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None) -> None:
     """Make the newest complete checkpoint's adapter the run's result."""
-    abandonable(lambda: importlib.import_module("qlora_ui.engine.result"), should_stop)
-    from qlora_ui.engine.result import keep
+    abandonable(lambda: importlib.import_module("qlora_ui.engine"), should_stop)
+    from qlora_ui.engine import result
 
     newest = checkpoint or checkpoints.newest_complete(run)
     if newest is None:
         raise UserError(f"{run.id} has no complete checkpoint, so there is no adapter to keep.")
-    keep(run, newest, emit)
+    result.keep(run, newest, emit)
     emit(Stopped(step=checkpoints.step_of(newest), total_steps=planned_steps(run), adapter_saved=True))

@@ -169,27 +169,27 @@ class Inspector:
 
     def _load_tokenizer(self, config: RunConfig, data: checks.DataSet, fetch: bool) -> Generator[Look, None, Any]:
         yield Look(data=data, doing="Loading the tokenizer …")
-        from qlora_ui.engine.model import find, find_here, load_tokenizer
+        from qlora_ui.engine import model
 
         named, models = config.model, self._workspace.models
-        found = find_here(named.model, named.revision, models, weights=False)
+        found = model.find_here(named.model, named.revision, models, weights=False)
         if found is None and not fetch:
             raise UserError(f"{named.model} is not on this machine yet, so its tokens cannot be counted.", field="model")
         if found is None:
-            fetching = watched(lambda stop, told: find(named.model, named.revision, models, _bytes(told), stop, weights=False))
+            fetching = watched(lambda stop, told: model.find(named.model, named.revision, models, _bytes(told), stop, weights=False))
             found = yield from _telling(fetching, data, "{:,} bytes of the tokenizer fetched …")
-        return load_tokenizer(found)
+        return model.load_tokenizer(found)
 
     def _measure(self, config: RunConfig, data: checks.DataSet, tokenizer: Any) -> Generator[Look, None, Preview]:
+        from qlora_ui.engine import preview as previews
         from qlora_ui.engine import tokens
-        from qlora_ui.engine.preview import open_preview
 
         tokens.add_new(tokenizer, config.data.new_tokens)
         tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
         cache = self._workspace.root / "cache"
 
         def measure(rows: tuple[checks.Conversation, ...], fingerprint: str) -> Generator[int, None, Preview]:
-            return watched(lambda stop, told: open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
+            return watched(lambda stop, told: previews.open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
 
         if len(data.conversations) > SAMPLE_ROWS:
             few = data.conversations[:SAMPLE_ROWS]

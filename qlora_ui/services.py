@@ -62,10 +62,10 @@ class EngineChat:
             if live is not None:
                 raise UserError(f"{live.id} is training and needs the device. Chat when it has ended, or stop it.")
             if self._model is None or self._model.run_id != run.id:
-                from qlora_ui.engine.chat import ChatModel
+                from qlora_ui.engine import chat
 
                 self._model = None
-                self._model = ChatModel(run, emit=_ignore, should_stop=lambda: False)
+                self._model = chat.ChatModel(run, emit=_ignore, should_stop=lambda: False)
             for answers in self._model.reply(sides, sampling):
                 yield answers
                 if self._wanted_back.is_set():
@@ -77,10 +77,10 @@ class EngineChat:
         with self._lock:
             self._wanted_back.clear()
             if self._model is not None:
-                from qlora_ui.engine.hardware import give_memory_back
+                from qlora_ui.engine import hardware
 
                 self._model = None
-                give_memory_back()
+                hardware.give_memory_back()
 
 
 class Watch:
@@ -269,11 +269,10 @@ class WarmUp:
         return self._hardware
 
     def _run(self) -> None:
-        from qlora_ui.engine.hardware import detect
+        from qlora_ui.engine import hardware
 
-        self._hardware = detect()
-        import qlora_ui.engine.chat
-        import qlora_ui.engine.train  # noqa: F401
+        self._hardware = hardware.detect()
+        from qlora_ui.engine import chat, train  # noqa: F401
 
 
 def build(workspace: Workspace, warm_up: WarmUp) -> Services:

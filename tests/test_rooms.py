@@ -138,6 +138,15 @@ def test_heavy_libraries_are_imported_only_in_their_rooms(module: str) -> None:
         assert roots <= {*sys.stdlib_module_names, PACKAGE}
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) != "engine"])
+def test_whoever_needs_the_engine_waits_until_all_of_it_is_imported(module: str) -> None:
+    """A package that another thread is still importing is waited for; one of its modules, asked for by its own name, is not."""
+    by_line: dict[int, set[str]] = {}
+    for line, name in imports(module, MODULES[module], with_types=False):
+        by_line.setdefault(line, set()).add(name)
+    assert [line for line, names in by_line.items() if "qlora_ui.engine" in {name[:15] for name in names} - names] == []
+
+
 LIGHT = [module for module in MODULES if room(module) not in ("engine", "evaluate") and not module.endswith("__main__")]
 BUILD_THE_PAGE = """
 import importlib, sys

@@ -4,7 +4,8 @@ import logging
 import warnings
 
 # All of it here: Python lets one thread at a time import a package, while transformers, which fills itself in lazily,
-# breaks when two threads (the warm-up, a training, a chat) begin to import from it at once.
+# breaks when two threads (the warm-up, a training, a chat) begin to import from it at once. Others write
+# `from qlora_ui.engine import chat`, which waits for this; `from qlora_ui.engine.chat import ...` would not.
 import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401

@@ -114,9 +114,9 @@ def answer(
     sides: list[Side] = [(who, messages(history)) for who, history in zip(whos, histories, strict=False)]
     yield [*columns(histories), markup.note("Getting the model ready…"), "", *BUSY]
     try:
-        from qlora_ui.engine.chat import Sampling
+        from qlora_ui.engine import chat
 
-        drawn = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=int(max_new_tokens), seed=int(seed or 0))
+        drawn = chat.Sampling(temperature=temperature, top_p=top_p, max_new_tokens=int(max_new_tokens), seed=int(seed or 0))
         for answers in services.chat.reply(services.workspace.get(run_id), sides, drawn):
             spoken = [[*h, {"role": "assistant", "content": said}] for h, said in zip(histories, answers.texts, strict=True)]
             speed = answers.tokens / max(answers.seconds, 1e-6)
@@ -150,12 +150,12 @@ def partial_named(services: Services) -> Any:
     """The scripting endpoint /chat; Gradio reads its name and types from the function."""
 
     def chat(run: str, prompt: str, base: bool = False, temperature: float = 0.0, max_new_tokens: int = 200, seed: int = 0) -> str:
-        from qlora_ui.engine.chat import Sampling
+        from qlora_ui.engine import chat
 
         who: Literal["adapter", "base"] = "base" if base else "adapter"
         said = ""
         try:
-            drawn = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+            drawn = chat.Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
             for answers in services.chat.reply(services.workspace.get(run), [(who, [Message(role="user", content=prompt)])], drawn):
                 said = answers.texts[0]
         except UserError as error:
