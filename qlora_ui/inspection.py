@@ -157,7 +157,8 @@ class Inspector:
         if found is not None:
             return found
         try:
-            sample = checks.prepare(data, self._within, limit=SAMPLE_ROWS)
+            first = watched(lambda should_stop, on_progress: checks.prepare(data, self._within, should_stop, on_progress, SAMPLE_ROWS))
+            sample = yield from _telling(first, None, "{:,} rows read …")
             if sample.report.read < SAMPLE_ROWS:
                 return self._sets.put(key, sample)
             self._samples.put(key, sample)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,22 @@ def test_rows_can_be_seen_while_the_others_are_still_read(inspector: Inspector, 
     assert len(inspector.rows(chosen.data)) == SAMPLE_ROWS
     last(looks)
     assert len(inspector.rows(chosen.data)) == SAMPLE_ROWS + 5
+
+
+def test_a_source_that_keeps_its_first_rows_back_can_be_cancelled(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Event()
+
+    def slow(reference: str, within: Any, should_stop: Callable[[], bool], on_progress: Any) -> Iterator[Any]:
+        while not should_stop():
+            time.sleep(0.01)
+        stopped.set()
+        yield from ()
+
+    monkeypatch.setattr("qlora_ui.data.sources.read", slow)
+    looks = inspector.look(config("somebody/slow"))
+    assert next(looks) == Look(data=None, doing="0 rows read …")
+    looks.close()
+    assert stopped.wait(10)
 
 
 def test_without_its_model_a_set_is_told_without_tokens(inspector: Inspector, tmp_path: Path) -> None:
