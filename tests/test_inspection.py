@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def test_a_source_that_keeps_its_first_rows_back_can_be_cancelled(inspector: Ins
 
     def slow(reference: str, within: Any, should_stop: Callable[[], bool], on_progress: Any) -> Iterator[Any]:
         while not should_stop():
-            time.sleep(0.01)
+            stopped.wait(0.01)
         stopped.set()
         yield from ()
 
