@@ -303,8 +303,8 @@ def _batch_size(about: Any) -> int:
     """Rows to take at once. Each may refer to one text that is stored once, of which the file tells only that its column is no shorter."""
     groups = [about.row_group(index) for index in range(about.num_row_groups)]
     longest = max((group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns)), default=0)
-    wide = about.num_columns
-    return max(1, min(_ROWS_PER_BATCH, _CELLS_PER_BATCH // max(1, wide), _BYTES_PER_BATCH // max(1, longest)))
+    wide: int = about.num_columns
+    return max(1, min(_ROWS_PER_BATCH, _CELLS_PER_BATCH // max(1, wide), _BYTES_PER_BATCH // max(1, int(longest))))
 
 
 def _rows_of_bearable_length(batch: Any, before: int) -> Iterator[Row]:
