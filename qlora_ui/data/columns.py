@@ -52,7 +52,7 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
 def choices(rows: Sequence[Row], field: str) -> list[str]:
     """The names in these rows that the field could be read from: their columns, or the keys of their turns."""
     if field not in _IN_A_TURN:
-        return list(dict.fromkeys(str(name).strip() for row in rows for name in row))
+        return list(dict.fromkeys(name.strip() for row in rows for name in row))
     turns = [turn for row in rows for value in row.values() if isinstance(value, list) for turn in value]
     return list(dict.fromkeys(str(key) for turn in turns if isinstance(turn, Mapping) for key in turn))
 

@@ -189,9 +189,10 @@ def lost(report: LengthReport) -> str:
 def pager(first: int, shown: int, found: int, total: int) -> str:
     """Which rows are shown."""
     if not found:
-        return '<p class="note">No row is like that: change the search or the order.</p>'
+        return '<p class="note single-page">No row is like that: change the search or the order.</p>'
     of = f"{found:,} found of {total:,}" if found != total else f"{total:,}"
-    return f'<p class="note">{first + 1:,} to {first + shown:,} of {of}</p>'
+    pages = "note single-page" if shown == found else "note"
+    return f'<p class="{pages}">{first + 1:,} to {first + shown:,} of {of}</p>'
 
 
 def bubbles(rows: Sequence[Conversation]) -> str:

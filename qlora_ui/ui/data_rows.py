@@ -19,7 +19,7 @@ ROWS_A_PAGE = 4
 AS_CHAT, AS_READ = "As a chat", "As tokens"
 IN_ORDER, LONGEST, SHORTEST, CUT = "In order", "Longest first", "Shortest first", "Longer than max length"
 ORDERS: dict[str, Order] = {IN_ORDER: "source", LONGEST: "longest", SHORTEST: "shortest", CUT: "cut"}
-NO_ROWS = [markup.note("The rows show here."), markup.note("No rows")]
+NO_ROWS = [markup.note("The rows show here."), '<p class="note single-page">No rows</p>']
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
