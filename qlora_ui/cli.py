@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qlora_ui import presets
 from qlora_ui.config import RunConfig
-from qlora_ui.data import columns, sources
+from qlora_ui.data import columns, reasons, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
 from qlora_ui.data.formats import FORMATS, Message
 from qlora_ui.data.lengths import LengthReport, lengths_of_nothing
@@ -127,17 +127,17 @@ def check_data_command(arguments: argparse.Namespace, workspace: Workspace) -> i
         print(json.dumps(data_report(error.report, nothing)) if arguments.json else data_words(error.report, nothing))
         raise
     if seen is None or seen.data is None or seen.lengths is None:
-        raise UserError(seen.no_tokens if seen else f"{arguments.data} could not be read.")
+        raise UserError(seen.problem or seen.no_tokens if seen else f"{arguments.data} could not be read.")
     if arguments.json:
-        print(json.dumps(data_report(seen.data.report, seen.lengths)))
+        print(json.dumps(data_report(seen.data.report, seen.lengths, seen.trouble)))
     else:
-        print(data_words(seen.data.report, seen.lengths, seen.left_out))
+        print(data_words(seen.data.report, seen.lengths, seen.left_out, seen.trouble))
     if seen.problem:
         print(seen.problem, file=sys.stderr)
     return 2 if seen.problem else 0
 
 
-def data_report(report: Report, lengths: LengthReport) -> dict[str, object]:
+def data_report(report: Report, lengths: LengthReport, trouble: str = "") -> dict[str, object]:
     """The report as scripts read it. Tokens are those that training reads, after long rows were dealt with."""
     return {
         **report.to_dict(),
@@ -155,31 +155,36 @@ def data_report(report: Report, lengths: LengthReport) -> dict[str, object]:
         "suggested_max_seq_len": lengths.suggested_max_seq_len,
         "padding_share": lengths.padding_share,
         "padding_share_packed": lengths.padding_share_packed,
+        "trouble": trouble,
     }
 
 
-def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped] = ()) -> str:
+def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped] = (), trouble: str = "") -> str:
     """The report as a person reads it."""
     formats = ", ".join(f"{name} {rows:,}" for name, rows in report.formats.items())
     scripts = ", ".join(f"{name} {rows:,}" for name, rows in report.scripts.items())
-    lines = [f"{sources.shown(report.source)}: {report.summary()}"]
+    unanswered = f", {report.empty_answers:,} without an answer" if report.empty_answers else ""
+    lines = [f"{sources.shown(report.source)}: {report.summary()}{unanswered}"]
     if report.kept:
         lines += [
             f"Formats: {formats}. Scripts: {scripts}.",
-            f"Tokens: {lengths.tokens_total:,}, {lengths.trained_share:.0%} trained. The longest row has {lengths.longest:,}.",
-            f"Longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,} rows, {lengths.tokens_lost:,} tokens are not read, "
+            f"Tokens: {lengths.tokens_total:,}, of which {lengths.tokens_trained:,} ({lengths.trained_share:.0%}) are trained. "
+            f"The longest row has {lengths.longest:,}.",
+            f"Rows longer than max_seq_len {lengths.max_seq_len:,}: {lengths.over:,}. {lengths.tokens_lost:,} tokens are not read, "
             f"{lengths.trained_lost:,} fewer are trained. Suggested: {lengths.suggested_max_seq_len:,}.",
             f"Padding: {lengths.padding_share:.0%} of a batch, {lengths.padding_share_packed:.0%} if packed.",
         ]
     if left_out:
-        lines.append(f"Kept, but not trained on: {len(left_out):,} rows.")
+        lines.append(f"Kept, but not trained on: {len(left_out):,} of the rows.")
+    if trouble:
+        lines.append(trouble)
     if report.unused_columns:
         lines.append(f"Columns that are not read: {', '.join(report.unused_columns)}.")
     if report.held_out_split:
         lines.append(f"Held out: {report.held_out_rows:,} rows of the split {report.held_out_split}.")
     listed = {"Left out": left_out, "Dropped": report.dropped, f"Dropped from {report.held_out_split}": report.held_out_dropped}
     for title, dropped in listed.items():
-        lines += [f"{title}: row {row.row}: {row.reason}" for row in dropped]
+        lines += [f"{title}: {where}: {reason}" for reason, where in reasons.in_words(dropped).items()]
     return "\n".join(lines)
 
 

@@ -29,9 +29,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is known of a data set so far. `doing` says what is still going on, `no_tokens` why there are none to see.
+    """What is known of a data set so far. `doing` says what is still going on.
 
-    `trouble` is what went wrong on the way without changing what is told.
+    Why there are no tokens: `no_tokens` when there is no tokenizer to count them with, `fault` when these rows cannot be written
+    in this prompt format. `trouble` is what went wrong on the way without changing what is told.
     """
 
     data: checks.DataSet | None
@@ -39,13 +40,14 @@ class Look:
     lengths: LengthReport | None = None
     doing: str = ""
     no_tokens: str = ""
+    fault: str = ""
     trouble: str = ""
 
     @property
     def problem(self) -> str:
         """Why this cannot be trained on, or nothing."""
         if self.lengths is None or self.lengths.tokens_trained:
-            return ""
+            return self.fault
         if not self.lengths.trained_lost:
             return (
                 "0 % of the tokens would be trained, at any max length: the prompt format marks nothing of these rows as the assistant's. "
@@ -112,13 +114,18 @@ class Inspector:
         With `fetch` the model's tokenizer is fetched when it is not on this machine. Raises UserError.
         """
         data = yield from self._read_on(config.data)
-        try:
-            preview = self._previews.get(self._preview_key(config, data))
-            if preview is None:
-                preview = yield from self._measure(config, data, fetch)
-        except UserError as error:
-            yield Look(data=data, no_tokens=str(error))
-            return
+        preview = self._previews.get(self._preview_key(config, data))
+        if preview is None:
+            try:
+                tokenizer = yield from self._load_tokenizer(config, data, fetch)
+            except UserError as error:
+                yield Look(data=data, no_tokens=str(error))
+                return
+            try:
+                preview = yield from self._measure(config, data, tokenizer)
+            except UserError as error:
+                yield Look(data=data, fault=str(error))
+                return
         yield Look(data=data, preview=preview, lengths=lengths(config, preview), trouble=" ".join(preview.troubles))
 
     def known(self, config: RunConfig) -> Look | None:
@@ -150,7 +157,8 @@ class Inspector:
         if found is not None:
             return found
         try:
-            sample = checks.prepare(data, self._within, limit=SAMPLE_ROWS)
+            first = watched(lambda should_stop, on_progress: checks.prepare(data, self._within, should_stop, on_progress, SAMPLE_ROWS))
+            sample = yield from _telling(first, None, "{:,} rows read …")
             if sample.report.read < SAMPLE_ROWS:
                 return self._sets.put(key, sample)
             self._samples.put(key, sample)
@@ -160,9 +168,9 @@ class Inspector:
         reading = watched(lambda should_stop, on_progress: checks.prepare(data, self._within, should_stop, on_progress))
         return self._sets.put(key, (yield from _telling(reading, sample, "{:,} rows read …")))
 
-    def _measure(self, config: RunConfig, data: checks.DataSet, fetch: bool) -> Generator[Look, None, Preview]:
+    def _load_tokenizer(self, config: RunConfig, data: checks.DataSet, fetch: bool) -> Generator[Look, None, Any]:
         yield Look(data=data, doing="Loading the tokenizer …")
-        from qlora_ui.engine import model, preview, tokens
+        from qlora_ui.engine import model
 
         named, models = config.model, self._workspace.models
         found = model.find_here(named.model, named.revision, models, weights=False)
@@ -171,13 +179,18 @@ class Inspector:
         if found is None:
             fetching = watched(lambda stop, told: model.find(named.model, named.revision, models, _bytes(told), stop, weights=False))
             found = yield from _telling(fetching, data, "{:,} bytes of the tokenizer fetched …")
-        tokenizer = model.load_tokenizer(found)
+        return model.load_tokenizer(found)
+
+    def _measure(self, config: RunConfig, data: checks.DataSet, tokenizer: Any) -> Generator[Look, None, Preview]:
+        from qlora_ui.engine import preview as previews
+        from qlora_ui.engine import tokens
+
         tokens.add_new(tokenizer, config.data.new_tokens)
         tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
         cache = self._workspace.root / "cache"
 
         def measure(rows: tuple[checks.Conversation, ...], fingerprint: str) -> Generator[int, None, Preview]:
-            return watched(lambda stop, told: preview.open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
+            return watched(lambda stop, told: previews.open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
 
         if len(data.conversations) > SAMPLE_ROWS:
             few = data.conversations[:SAMPLE_ROWS]

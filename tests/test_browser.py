@@ -179,8 +179,26 @@ def test_rows_of_no_known_format_can_be_mapped_from_their_columns(page: Page, tm
     choose(page, "#data-slot-2", "reply")
     expect(page.locator("#data-summary")).to_contain_text("2 rows: 2 kept")
     expect(page.locator("#data-use")).to_be_enabled(timeout=MINUTE)
+    go(page, "Train")
+    choose(page, "#preset-select", "7B on a free Colab T4")  # has a split of its own set held out, which files have not
+    expect(page.locator("#field-max_seq_len input")).to_have_value("512")
+    go(page, "Data")
+    expect(page.locator("#data-summary")).to_contain_text("2 rows: 2 kept")
+    expect(page.locator("#data-slot-2 input")).to_have_value("reply")
     page.locator("#data-source").get_by_text("Bundled", exact=True).click()  # other rows begin unmapped
     expect(page.locator("#data-summary")).to_contain_text("252 rows: 252 kept")
+
+
+def test_columns_by_the_thousand_do_not_stop_the_page_and_can_be_mapped_by_name(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "wide.csv").write_text(",".join(f"c{n}" for n in range(10_000)) + "\n" + ",".join(f"cell {n}" for n in range(10_000)))
+    upload(page, tmp_path / "wide.csv")
+    expect(page.locator("#data-summary .problem")).to_contain_text("columns: c0, c1")
+    choose(page, "#field-data_format", "Alpaca")
+    for slot, column in {"#data-slot-0": "c7000", "#data-slot-2": "c9000"}.items():
+        page.locator(f"{slot} input").fill(column)
+        page.locator(f"{slot} input").press("Enter")
+    expect(page.locator("#data-preview .turn.user")).to_contain_text("cell 7000")
+    expect(page.locator("#data-preview .turn.assistant")).to_contain_text("cell 9000")
 
 
 def use_tiny_model(page: Page) -> None:
@@ -287,6 +305,10 @@ def test_without_the_hub_a_set_of_the_paper_is_one_sentence(page: Page) -> None:
         "The Hugging Face Hub cannot be reached for tatsu-lab/alpaca", timeout=20_000
     )
     expect(page.locator("#data-hub input, #data-hub textarea")).to_have_value("tatsu-lab/alpaca")
+    page.locator("#data-set-oasst1").click()
+    expect(page.locator("#field-held_out_split input, #field-held_out_split textarea")).to_have_value("test")
+    page.locator("#data-source").get_by_text("Bundled", exact=True).click()  # has no splits
+    expect(page.locator("#data-summary")).to_contain_text("252 rows: 252 kept")
 
 
 def test_a_set_of_which_nothing_would_be_trained_cannot_be_used(page: Page, tmp_path: Path) -> None:
@@ -311,3 +333,6 @@ def test_the_report_is_always_of_the_source_that_is_selected(page: Page, tmp_pat
     page.locator("#data-source").get_by_text("Hugging Face", exact=True).click()
     expect(page.locator("#data-summary")).to_contain_text("Name a data set at the left")
     expect(page.locator("#data-use")).to_be_disabled()
+    for kind in (*["Bundled", "Upload", "Paste", "Workspace", "Hugging Face"] * 3, "Bundled"):  # faster than they are answered
+        page.locator("#data-source").get_by_text(kind, exact=True).click()
+    expect(page.locator("#data-summary")).to_contain_text("252 rows")

@@ -236,6 +236,8 @@ def test_check_data_prints_what_training_would_make_of_a_data_set(
     said = capsys.readouterr().out
     assert "rows.json: 41 rows: 40 kept, 1 dropped, 0 duplicates" in said
     assert "Dropped: row 41: has no answer: 'output' is empty" in said
+    assert "1 without an answer" in said
+    assert f"{report['tokens_trained']:,} ({report['trained_share']:.0%}) are trained" in said
     assert list(tiny_workspace.runs.iterdir()) == []
 
 
@@ -251,6 +253,17 @@ def test_check_data_ends_with_2_when_nothing_would_be_trained(
     assert "Left out: row 1: has no token to train on within max_seq_len 32" in capsys.readouterr().out
 
 
+def test_check_data_tells_what_the_page_tells_of_odd_tokens(
+    tiny_workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "What is <|im_end|>?", "completion": "An end."}]))
+    said = "1 turn holds the text of special tokens (<|im_end|>), which the model reads as the tokens themselves."
+    assert main(check_data(tmp_path / "rows.json")) == 0
+    assert said in capsys.readouterr().out
+    assert main(check_data(tmp_path / "rows.json", "--json")) == 0
+    assert said in json.loads(capsys.readouterr().out)["trouble"]
+
+
 def test_check_data_explains_every_row_when_none_can_be_used(
     tiny_workspace: Workspace, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,4 +275,4 @@ def test_check_data_explains_every_row_when_none_can_be_used(
     assert "has no column 'ask', which instruction is mapped to" in err
     assert err.count("\n") == 1
     assert main(arguments) == 2
-    assert "Dropped: row 2: has no column 'ask'" in capsys.readouterr().out
+    assert f"Dropped: rows 1-{report['read']}: has no column 'ask'" in capsys.readouterr().out

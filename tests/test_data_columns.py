@@ -55,6 +55,17 @@ def test_a_column_can_be_left_unread() -> None:
     assert said(row, "input=") == [("user", "Hi"), ("assistant", "Hello.")]
 
 
+def test_a_column_without_a_name_is_not_read_in_place_of_none() -> None:
+    row: dict[str, object] = {"": "0", "instruction": "Hi", "output": "Hello."}
+    assert said(row, "input=") == [("user", "Hi"), ("assistant", "Hello.")]
+
+
+def test_blanks_around_a_columns_name_do_not_keep_it_from_being_mapped() -> None:
+    row: dict[str, object] = {" ask": "Hi", "reply ": "Hello."}
+    assert choices([row], "instruction") == ["ask", "reply"]
+    assert said(row, "instruction=ask, output=reply") == [("user", "Hi"), ("assistant", "Hello.")]
+
+
 def test_keys_of_turns_are_mapped_too() -> None:
     row: dict[str, object] = {"dialogue": [{"speaker": "human", "said": "Hi"}, {"speaker": "bot", "said": "Hello."}]}
     assert said(row, "messages=dialogue, role=speaker, content=said") == [("user", "Hi"), ("assistant", "Hello.")]

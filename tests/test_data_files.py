@@ -355,6 +355,20 @@ def test_a_table_of_one_long_text_stored_once_is_refused_as_a_bomb(tmp_path: Pat
     assert "unpacks to more than 200 times its" in refusal(path)
 
 
+def test_a_long_text_that_many_rows_refer_to_is_not_held_a_hundred_times(tmp_path: Path) -> None:
+    indices, texts = pyarrow.array([0] * 120, pyarrow.int32()), pyarrow.array([random.Random(1).randbytes(2**21).hex()])
+    table = pyarrow.table({"prompt": pyarrow.DictionaryArray.from_arrays(indices, texts)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    assert sum(1 for row in files.rows(tmp_path / "a.parquet") if isinstance(row, dict)) == 120
+    assert pyarrow.default_memory_pool().max_memory() < 320 * 2**20
+
+
+def test_a_row_of_parquet_over_the_limit_is_a_problem_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 2**20)
+    path = parquet(tmp_path / "a.parquet", [{"prompt": "a"}, {"prompt": "x" * 2**20}, {"prompt": "b"}])
+    assert list(files.rows(path)) == [{"prompt": "a"}, "row 2 is longer than 1 MiB", {"prompt": "b"}]
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_a_bomb_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     monkeypatch.setattr(streams, "FREE_UNPACKED_BYTES", 10_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,36 @@ def test_rows_can_be_seen_while_the_others_are_still_read(inspector: Inspector, 
     assert len(inspector.rows(chosen.data)) == SAMPLE_ROWS + 5
 
 
+def test_a_source_that_keeps_its_first_rows_back_can_be_cancelled(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Event()
+
+    def slow(reference: str, within: Any, should_stop: Callable[[], bool], on_progress: Any) -> Iterator[Any]:
+        while not should_stop():
+            stopped.wait(0.01)
+        stopped.set()
+        yield from ()
+
+    monkeypatch.setattr("qlora_ui.data.sources.read", slow)
+    looks = inspector.look(config("somebody/slow"))
+    assert next(looks) == Look(data=None, doing="0 rows read …")
+    looks.close()
+    assert stopped.wait(10)
+
+
 def test_without_its_model_a_set_is_told_without_tokens(inspector: Inspector, tmp_path: Path) -> None:
     seen = last(inspector.look(config(many(tmp_path / "a.jsonl", 5), model="nobody/nothing")))
     assert seen.data is not None
     assert seen.lengths is None
     assert seen.no_tokens == "nobody/nothing is not on this machine yet, so its tokens cannot be counted."
+
+
+def test_rows_that_the_prompt_format_cannot_write_are_a_problem_and_no_tokenizer_to_be_fetched(
+    inspector: Inspector, tmp_path: Path
+) -> None:
+    seen = last(inspector.look(config(many(tmp_path / "a.jsonl", 5), prompt_format="custom", chat_template="{{ raise_exception('no') }}")))
+    assert seen.data is not None
+    assert seen.no_tokens == ""
+    assert seen.problem.startswith("Row 1: The chat template refuses the conversation: line 1: no.")
 
 
 def test_nothing_to_train_on_is_a_problem_with_its_remedy(inspector: Inspector, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_what_only_a_causal_model_can_do_is_refused_before_the_model_is_loaded(
     assert last.message.startswith(said)
     assert not last.traceback
     *_, look = Inspector(place[0], within=None).look(tiny.tiny_config(place[1], model="t5", **values))
-    assert look.no_tokens.startswith(said)
+    assert look.fault.startswith(said)
 
 
 def test_plain_text_is_refused_with_its_row(tokenizer: Any) -> None:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSet:
-    """A data set that the paper trained on. `reference` is empty for one that was never released; `format` is the kind of its rows."""
+    """A data set that the paper trained on. `reference` is empty for one that was never released; `format` is the kind of its rows.
+
+    `held_out_split` is the split of its own that the paper's authors measure on.
+    """
 
     name: str
     title: str
@@ -22,6 +25,7 @@ class PaperSet:
     format: str
     used_for: str
     note: str = ""
+    held_out_split: str = ""
 
 
 _SETS = (
@@ -34,6 +38,7 @@ _SETS = (
         format="guanaco",
         used_for="The Guanaco chat models: the paper's best on the Vicuna benchmark, although this is its smallest set.",
         note="The best-rated path of each OpenAssistant conversation, in many languages; the paper trains on both sides of it.",
+        held_out_split="test",
     ),
     PaperSet(
         name="alpaca",

@@ -234,7 +234,7 @@ def _convert(raw: sources.RawRow, format: str, names: Mapping[str, str]) -> tupl
     found = formats.detect(row, names) if format == formats.AUTO else format
     if found is None:
         raise BadRow(f"{_UNKNOWN}; columns: {formats.names_of(row)}")
-    unused = [column for column in formats.unused(row, found) if column not in names.values()]
+    unused = [column for column in formats.unused(row, found) if column.strip() not in names.values()]
     return found, unused, formats.to_conversations(row, found)
 
 

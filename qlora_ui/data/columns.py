@@ -44,19 +44,27 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
     for field, column in columns.items():
         if field in _IN_A_TURN:
             renamed = {name: _in_turns(value, field, column) for name, value in renamed.items()}
-        elif column in row:
-            renamed[field] = row[column]
         elif column:
-            raise BadRow(f"has no column {column!r}, which {field} is mapped to; columns: {names_of(row)}")
+            renamed[field] = row[_named(row, column, field)]
     return renamed
 
 
 def choices(rows: Sequence[Row], field: str) -> list[str]:
     """The names in these rows that the field could be read from: their columns, or the keys of their turns."""
     if field not in _IN_A_TURN:
-        return list(dict.fromkeys(str(name) for row in rows for name in row))
+        return list(dict.fromkeys(name.strip() for row in rows for name in row))
     turns = [turn for row in rows for value in row.values() if isinstance(value, list) for turn in value]
     return list(dict.fromkeys(str(key) for turn in turns if isinstance(turn, Mapping) for key in turn))
+
+
+def _named(row: Row, column: str, field: str) -> str:
+    """The row's own name for a column: it may have blanks around it, which a mapping never has."""
+    if column in row:
+        return column
+    for name in row:
+        if name.strip() == column:
+            return name
+    raise BadRow(f"has no column {column!r}, which {field} is mapped to; columns: {names_of(row)}")
 
 
 def _in_turns(value: object, key: str, name: str) -> object:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from qlora_ui.data import json_text, streams
 from qlora_ui.data.json_text import NotJson, short
@@ -22,7 +22,7 @@ MAX_JSON_BYTES = 64 * 2**20  # of an object: as Python's it takes up to thirty t
 MAX_EMPTY_LINES = 100_000  # a packed file can hold thousands of millions
 MAX_DEPTH = 100  # what reads a row later recurses into it, and Python ends at about 1,000
 
-_CELLS_PER_BATCH, _ROWS_PER_BATCH = 20_000, 100
+_CELLS_PER_BATCH, _ROWS_PER_BATCH, _BYTES_PER_BATCH = 20_000, 100, 128 * 2**20
 _HEAD = 2**18
 
 Row = Mapping[str, object] | str
@@ -285,14 +285,30 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True) as file:
             _check_names(file.schema_arrow.names)
-            wide, stored, read = max(1, len(file.schema_arrow.names)), path.stat().st_size, 0
-            for batch in file.iter_batches(batch_size=max(1, min(_ROWS_PER_BATCH, _CELLS_PER_BATCH // wide))):
+            stored, read, rows_read = path.stat().st_size, 0, 0
+            for batch in file.iter_batches(batch_size=_batch_size(file.metadata)):
                 read += batch.nbytes
                 streams.check_ratio(read, stored)  # one long text that a million rows refer to is stored once
-                yield from batch.to_pylist()
+                yield from batch.to_pylist() if batch.nbytes <= streams.MAX_LINE_BYTES else _rows_of_bearable_length(batch, rows_read)
+                rows_read += batch.num_rows
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         said = "a text in it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).strip().split("\n")[0]
         reason = re.sub(r"\w+(Exception|Error): ", "", printable(said)).rstrip(".")
         raise Unreadable(f"is not a readable Parquet file ({reason}): export or download it again.") from error
+
+
+def _batch_size(about: Any) -> int:
+    """Rows to take at once. Each may refer to one text that is stored once, of which the file tells only that its column is no shorter."""
+    groups = [about.row_group(index) for index in range(about.num_row_groups)]
+    longest = max((group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns)), default=0)
+    wide: int = about.num_columns
+    return max(1, min(_ROWS_PER_BATCH, _CELLS_PER_BATCH // max(1, wide), _BYTES_PER_BATCH // max(1, int(longest))))
+
+
+def _rows_of_bearable_length(batch: Any, before: int) -> Iterator[Row]:
+    for index in range(batch.num_rows):
+        row = batch.slice(index, 1)
+        too_long = row.nbytes > streams.MAX_LINE_BYTES
+        yield f"row {before + index + 1} is longer than {streams.size(streams.MAX_LINE_BYTES)}" if too_long else row.to_pylist()[0]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from qlora_ui.data import sources
+from qlora_ui.data import reasons, sources
 from qlora_ui.data.catalog import PaperSet
 from qlora_ui.data.checks import Conversation, Dropped, Report
 from qlora_ui.data.formats import FORMATS
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 ROLE_WORDS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool", "text": "Raw text"}
 SHOWN_CHARACTERS = 2000  # of a turn or a piece
 SHOWN_TURNS, SHOWN_PIECES = 100, 400  # of a row: some hold a hundred thousand, which no browser bears
-SHOWN_DROPPED = 200
+SHOWN_REASONS = 200
 
 
 def bundled_cards() -> str:
@@ -109,11 +110,12 @@ def short(number: int) -> str:
 def dropped(what: str, rows: Sequence[Dropped]) -> str:
     if not rows:
         return ""
-    cells = "".join(f"<tr><td>{row.row}</td><td>{escape(row.reason)}</td></tr>" for row in rows[:SHOWN_DROPPED])
-    more = f"<p>{len(rows) - SHOWN_DROPPED:,} more are in the download.</p>" if len(rows) > SHOWN_DROPPED else ""
+    said = reasons.in_words(rows)
+    cells = "".join(f"<tr><td>{where}</td><td>{escape(why)}</td></tr>" for why, where in islice(said.items(), SHOWN_REASONS))
+    more = f"<p>{len(said) - SHOWN_REASONS:,} more reasons are in the download.</p>" if len(said) > SHOWN_REASONS else ""
     return (
         f"<details><summary>{len(rows):,} {plural(len(rows))} {escape(what)}, with reasons</summary>"
-        f"<table><thead><tr><th>Row</th><th>Why</th></tr></thead><tbody>{cells}</tbody></table>{more}</details>"
+        f"<table><thead><tr><th>Which</th><th>Why</th></tr></thead><tbody>{cells}</tbody></table>{more}</details>"
     )
 
 
@@ -187,9 +189,10 @@ def lost(report: LengthReport) -> str:
 def pager(first: int, shown: int, found: int, total: int) -> str:
     """Which rows are shown."""
     if not found:
-        return '<p class="note">No row is like that: change the search or the order.</p>'
+        return '<p class="note single-page">No row is like that: change the search or the order.</p>'
     of = f"{found:,} found of {total:,}" if found != total else f"{total:,}"
-    return f'<p class="note">{first + 1:,} to {first + shown:,} of {of}</p>'
+    pages = "note single-page" if shown == found else "note"
+    return f'<p class="{pages}">{first + 1:,} to {first + shown:,} of {of}</p>'
 
 
 def bubbles(rows: Sequence[Conversation]) -> str:

@@ -19,7 +19,7 @@ ROWS_A_PAGE = 4
 AS_CHAT, AS_READ = "As a chat", "As tokens"
 IN_ORDER, LONGEST, SHORTEST, CUT = "In order", "Longest first", "Shortest first", "Longer than max length"
 ORDERS: dict[str, Order] = {IN_ORDER: "source", LONGEST: "longest", SHORTEST: "shortest", CUT: "cut"}
-NO_ROWS = markup.note("The rows show here.")
+NO_ROWS = [markup.note("The rows show here."), '<p class="note single-page">No rows</p>']
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -75,11 +75,11 @@ def show(
     except UserError:  # said beside the field that is wrong
         rows = ()
     if not rows:
-        return [NO_ROWS, ""]
+        return NO_ROWS
     seen = services.inspector.known(config)
     preview = seen.preview if seen else None
     if order != IN_ORDER and preview is None:
-        return [markup.note("Rows can be ordered by length once their tokens are counted."), ""]
+        return [markup.note("Rows can be ordered by length once their tokens are counted."), NO_ROWS[1]]
     indices = range(len(rows)) if preview is None else preview.order(ORDERS[order], config.data.max_seq_len)
     if search.strip():
         indices = [index for index in indices if says(rows[index], search.strip().casefold())]

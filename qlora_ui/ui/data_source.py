@@ -50,7 +50,7 @@ def build(config: RunConfig) -> DataSource:
     kind = gr.Radio(kinds, value=BUNDLED, label="Where the rows come from", elem_id="data-source")
     bundled = gr.HTML(data_markup.bundled_cards(), elem_id="data-bundled")
     upload = gr.File(
-        label=f"Files: {', '.join(SUFFIXES)}, each also .gz",
+        label=f"Files: {' '.join(SUFFIXES)} (.gz)",
         file_count="multiple",
         file_types=[*SUFFIXES, ".gz"],
         visible=False,
@@ -108,9 +108,10 @@ def wire(services: Services, source: DataSource, told: list[gr.components.Compon
         source.read_paste.click,
         source.path.input,
     ]
-    gr.on(asked, partial(choose_held, services), held, told, **QUIET)
+    # Whoever clicks faster than the server answers gets what was clicked last, not what was clicked first.
+    gr.on(asked, partial(choose_held, services), held, [*told, source.held_out_split], trigger_mode="always_last", **QUIET)
     for button, entry in zip(source.cards, catalog.CATALOG.values(), strict=True):
-        button.click(partial(choose_named, entry.reference), None, [*told, source.hub_id], **QUIET)
+        button.click(partial(choose_named, entry), None, [*told, source.held_out_split, source.hub_id], **QUIET)
 
 
 def catalog_card(entry: catalog.PaperSet) -> gr.Button:
@@ -142,8 +143,9 @@ def choose_held(
     try:
         reference = held(services, source, paths or [], (hub_id or "").strip(), (pasted or "").strip(), (path or "").strip())
     except UserError as error:
-        return ["", *AS_NEW, markup.error(str(error))]
-    return [reference, *AS_NEW, gr.skip() if reference else markup.note(NOTHING_YET[source])]
+        return ["", *AS_NEW, markup.error(str(error)), gr.skip()]
+    # Only sets of the Hub have splits, and the field of one shows only there.
+    return [reference, *AS_NEW, gr.skip() if reference else markup.note(NOTHING_YET[source]), gr.skip() if source == HUB else ""]
 
 
 def held(services: Services, source: str, paths: list[str], hub_id: str, pasted: str, path: str) -> str:
@@ -167,6 +169,6 @@ def held(services: Services, source: str, paths: list[str], hub_id: str, pasted:
     return hub_id
 
 
-def choose_named(reference: str) -> list[Any]:
-    """A card was clicked: its id goes into the box as well, so that it can be changed."""
-    return [reference, *AS_NEW, gr.skip(), reference]
+def choose_named(entry: catalog.PaperSet) -> list[Any]:
+    """A card was clicked: its id and its split go into the boxes as well, so that they can be changed."""
+    return [entry.reference, *AS_NEW, gr.skip(), entry.held_out_split, entry.reference]

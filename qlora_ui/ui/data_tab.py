@@ -21,6 +21,7 @@ from qlora_ui.services import Services
 from qlora_ui.ui import data_markup, data_rows, data_source, form, markup
 
 SLOTS = 4
+LISTED = 200  # columns; a browser stands still over ten thousand
 NO_LENGTHS = markup.note("How long the rows are shows here.")
 TOGETHER_SECONDS = 0.05  # what one click changes arrives as several changes, of which the last says all
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -224,7 +225,7 @@ def shown(services: Services, config: RunConfig, seen: Look) -> list[Any]:
     return [
         report.fingerprint,
         data_markup.summary(seen) + markup.error(seen.problem),
-        (data_markup.lengths(lengths) if lengths else markup.note(seen.no_tokens)) + markup.note(seen.trouble),
+        (data_markup.lengths(lengths) if lengths else markup.note(seen.no_tokens) or NO_LENGTHS) + markup.note(seen.trouble),
         gr.update(interactive=not seen.doing and not seen.problem),
         gr.update(visible=bool(seen.doing)),
         gr.update(visible=not seen.doing and bool(report.dropped or seen.left_out)),
@@ -252,8 +253,16 @@ def slot_updates(services: Services, data: DataConfig, found: str) -> list[Any]:
     for field, names in FIELDS.get(format, {}).items():
         there = columns.choices(rows, field)
         value = mapping.get(field, next((name for name in names if name in there), ""))
+        more = f" {len(there) - LISTED:,} more are not listed: type the name." if len(there) > LISTED else ""
         updates.append(
-            gr.update(visible=True, label=field, info=f"The column that holds the {field}.", choices=[("(none)", ""), *there], value=value)
+            gr.update(
+                visible=True,
+                label=field,
+                info=f"The column that holds the {field}.{more}",
+                choices=[("(none)", ""), *there[:LISTED]],
+                value=value,
+                allow_custom_value=bool(more),
+            )
         )
     return updates + [gr.update(visible=False)] * (SLOTS - len(updates))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FIRST_PRESET = "starter"
 ISOLATED = "A crash, or the system's killing for want of memory, cannot then take this page down."
+OF_THE_DATA = ("data_format", "columns", "held_out_split")
 
 
 def first_preset() -> str:
@@ -100,8 +101,10 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
 
 
 def choose_preset(names: list[str], preset: str) -> list[Any]:
+    """The preset's settings. The data stays what was chosen, and with it what is said of its rows."""
     chosen = presets.load(preset)
-    return [gr.update(info=chosen.about), *form.filled(names, chosen.config.values())]
+    filled = zip(names, form.filled(names, chosen.config.values()), strict=True)
+    return [gr.update(info=chosen.about), *(gr.skip() if name in OF_THE_DATA else update for name, update in filled)]
 
 
 def start(services: Services, names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> list[Any]:

@@ -173,7 +173,7 @@ def page_share(steps: int, seconds: int, note: Any) -> None:
             session = page.context.new_cdp_session(page)
             session.send("Performance.enable")
             finished: list[Any] = []
-            page.on("requestfinished", finished.append)
+            page.on("requestfinished", lambda request: finished.append(request))
 
             def busy() -> float:
                 metrics = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}

@@ -56,7 +56,8 @@ class SimulatedPage:
         if answer:
             self.version, self.run, self.log_count = answer["version"], answer["run"], answer["log"]["count"]
             self.parts |= answer["parts"]
-            self.curve = self.curve if self.curve and self.curve[0] == self.run else [self.run, 0, 0, 0, 0] if self.run else None
+            if self.run and (self.curve is None or self.curve[0] != self.run):  # the plot then asks for itself
+                self.curve, self.version = [self.run, 0, 0, 0, 0], ""
         if "curve" in answer and self.curve:
             points = answer["curve"]
             self.steps = [*([] if points["restart"] else self.steps), *(step for step, _ in points["train"])]
