@@ -17,10 +17,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 LEAST_FREE_BYTES = 1 << 20  # a writer that gave up leaves a little; no checkpoint fits into less
 
 
-def lock_file(path: Path) -> FileLock:
+def lock_file(path: Path, then: str = "resume") -> FileLock:
     """A lock file in a folder that exists. Raises UserError when that is gone: the lock would bring it back."""
     if not path.parent.is_dir():
-        raise UserError(trouble_with_disk(path.parent))
+        raise UserError(trouble_with_disk(path.parent, then=then))
     return FileLock(path, thread_local=False)
 
 
@@ -31,7 +31,8 @@ def trouble_with_disk(folder: Path, error: BaseException | None = None, then: st
     another full disk. `then` is what to do after the remedy.
     """
     if not folder.is_dir():
-        return f"The folder {folder} is gone. Put it back if it was moved, else start a new run."
+        otherwise = "else start a new run" if then == "resume" else f"else make it anew, then {then}"
+        return f"The folder {folder} is gone. Put it back if it was moved, {otherwise}."
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"The folder {folder} is read-only. Make it writable, then {then}."
     full = _full_disk(error)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from qlora_ui import resuming
 from qlora_ui.disk import trouble_with_disk
 from qlora_ui.errors import UserError
 from qlora_ui.events import Phase
@@ -67,8 +68,14 @@ def execute(run: Run, checkpoint: Path | None, locks: Sequence[FileLock], grace_
         end_as_asked(run)
         return
     if "SIGKILL" in tail:
-        why = "Its process was killed, as the system does when memory runs out. Lower micro_batch_size or max_seq_len, then resume"
+        why = f"Its process was killed, as the system does when memory runs out. {remedy(run)}"
     break_off(run, f"{why}.", tail)
+
+
+def remedy(run: Run) -> str:
+    """What to do before a run goes on whose process was killed for want of memory, perhaps."""
+    less = [f"{name} {value}" for name, value in resuming.less_memory(run.config()).items()]
+    return f"Resume; if it happens again, with {' and '.join(less)}" if less else "Close what else uses the memory, then resume"
 
 
 def command(run: Run, checkpoint: Path | None) -> list[str]:

@@ -111,6 +111,7 @@ class Jobs:
         if run.state() not in progress.RESUMABLE or not checkpoints.newest_complete(run):
             return
         with self._hold(run) as held:
+            run.forget_wishes()  # what made it rest would end this too
             run.append(Phase(name="saving"))
             self._in_background(run, held.pop_all(), lambda: execute(run, keep_newest))
 

@@ -129,6 +129,7 @@ class Progress:
         self.last: Step | None = None
         self.loss: float | None = None
         self.held_out_loss: float | None = None
+        self.measured_at = 0  # the step of that loss
         self.best: HeldOut | None = None
         self.best_checkpoint: CheckpointSaved | None = None
         self.skipped: list[int] = []
@@ -206,7 +207,7 @@ class Progress:
                 self.train.add(event.step, event.loss)
         elif isinstance(event, HeldOut):
             self._add_held_out(event)
-            self.held_out_loss = event.loss
+            self.held_out_loss, self.measured_at = event.loss, event.step
             self.best = event if self.best is None or event.loss < self.best.loss else self.best
             self._step_began = None  # the time of an evaluation is not the pace of a step
         elif isinstance(event, Sample):
@@ -240,12 +241,13 @@ class Progress:
         """What came after the step is void."""
         self.rewinds += 1
         self._resumed_at = step
+        self.phase, self.phase_progress = "", None
         self.last = self.failure = self.end = self.asked = None
         self.train.rewind(step)
         self.held_out_curve.rewind(step)
         self.skipped = [skipped for skipped in self.skipped if skipped <= step]
         self.loss = self.train.points[-1][1] if self.train.points else None
-        self.held_out_loss = self.held_out[-1][1] if self.held_out else None
+        self.measured_at, self.held_out_loss = self.held_out[-1] if self.held_out else (0, None)
         left = [HeldOut(step=at, loss=loss, time=0.0) for at, loss in self.held_out]  # when each was measured is not kept
         self.best = min(left, key=lambda seen: seen.loss, default=None)
         if self.best_checkpoint and self.best_checkpoint.step > step:
@@ -288,9 +290,11 @@ class Progress:
                 parts.append(f"{duration(self.eta_seconds)} left")
         else:
             parts.append(self.end_sentence())
-            if self.held_out_loss is not None and self.state != "failed":
+            if self.held_out_loss is not None and self.measured_at == self.step and self.state != "failed":
                 parts.append(f"held-out loss {self.held_out_loss:.2f}")
-        return " · ".join(parts)
+        if self.skipped_steps:
+            parts.append(f"{self.skipped_steps} skipped step{'' if self.skipped_steps == 1 else 's'}")
+        return " · ".join(parts).replace(". · ", " · ")  # a sentence goes on
 
     def end_sentence(self) -> str:
         """How the run ended, in one sentence; empty while it runs."""

@@ -63,7 +63,8 @@ def with_less(run: Run, lack: str) -> Path | None:
     if not changes:
         raise UserError(
             f"{TOO_LITTLE_MEMORY} even for one row at a time with gradient checkpointing ({lack}). "
-            f"Lower max_seq_len (it is {config.data.max_seq_len}) or lora_r ({config.adapter.lora_r}), or choose a smaller model.",
+            "Free some memory, then resume; or start a new run with a lower "
+            f"max_seq_len (it is {config.data.max_seq_len}) or lora_r ({config.adapter.lora_r}), or a smaller model.",
             field="max_seq_len",
         )
     checkpoint = checkpoints.newest_complete(run)

@@ -66,7 +66,7 @@ class Workspace:
 
     def lease(self) -> FileLock:
         """The lock of the device: whoever trains holds it, so that two apps on one workspace cannot train at once."""
-        return lock_file(self.root / "training.lock")
+        return lock_file(self.root / "training.lock", "start again")
 
     def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> tuple[Run, FileLock]:
         """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-].

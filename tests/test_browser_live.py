@@ -61,8 +61,9 @@ def test_a_page_follows_a_run_in_place_and_goes_on_after_a_restart_of_its_server
 
         app.kill()
         take_step(run, 8)
+        says(page, "The app does not answer. It said last: tiny · training 7/50")
         with served(workspace.root, app.port):
-            says(page, "training 8/50")
+            expect(page.locator("#status-line .status")).to_have_text(re.compile("^tiny · training 8/50"), timeout=MINUTE)
             expect(page.locator("#loss-plot")).to_have_attribute("data-points", "8")
             run.append(Finished(step=8))
             says(page, "Finished: 8 steps")

@@ -294,7 +294,7 @@ def test_no_lock_brings_a_deleted_folder_back(workspace: Workspace, rows: Path) 
         Jobs(workspace).resume(run)
     assert not run.folder.exists()
     shutil.rmtree(workspace.root)
-    with pytest.raises(UserError, match=f"The folder {workspace.root} is gone"):
+    with pytest.raises(UserError, match=f"The folder {workspace.root} is gone. .* else make it anew, then start again"):
         Jobs(workspace).start(tiny.tiny_config(rows))
     assert (workspace.all(), workspace.live(), workspace.root.exists()) == ([], None, False)
 

@@ -127,6 +127,7 @@ def test_a_killed_worker_is_a_pause_that_says_so_and_can_go_on(started: Callable
     ended(tiny_workspace)
     (paused,) = tiny.events_of(run, Paused)
     assert "Its process was killed, as the system does when memory runs out" in paused.reason
+    assert paused.reason.endswith("if it happens again, with micro_batch_size 1 and gradient_accumulation_steps 2.")
     comes_true(lambda: not workers(tiny_workspace))
     jobs.resume(run, {"max_steps": run.last_step() + 1}, isolated=True)
     ended(tiny_workspace)

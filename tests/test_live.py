@@ -103,6 +103,16 @@ def test_a_discarded_run_leaves_an_empty_page(news: live.News, run: Run) -> None
     assert ask(news, answer) == {}
 
 
+def test_a_page_whose_runs_folder_is_gone_says_so_until_it_is_back(news: live.News, run: Run, workspace: Workspace) -> None:
+    known = ask(news)
+    workspace.runs.rename(workspace.root / "moved")
+    answer = ask(news, known)
+    assert f"The folder {workspace.runs} is gone. Put it back if it was moved" in answer["parts"]["status-line"]
+    assert ask(news, answer) == {}
+    (workspace.root / "moved").rename(workspace.runs)
+    assert "training 5/100" in ask(news, answer)["parts"]["status-line"]
+
+
 def test_our_bug_is_in_the_log_with_its_traceback_and_as_text(news: live.News, run: Run) -> None:
     run.append(Failed(message="<b>broke</b>", traceback="Traceback <img src=x onerror=alert(1)>"))
     answer = ask(news)

@@ -95,7 +95,7 @@ def test_when_nothing_is_left_to_save_it_rests_with_advice_and_keeps_its_last_st
     (paused,) = tiny.events_of(run, Paused)
     assert (paused.step, paused.traceback) == (2, "")
     assert "even for one row at a time with gradient checkpointing" in paused.reason
-    assert "Lower max_seq_len (it is 128) or lora_r (4)" in paused.reason
+    assert "start a new run with a lower max_seq_len (it is 128) or lora_r (4)" in paused.reason
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-2"]
 
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from test_train_stop import Stop, phase_is
 from transformers import AutoModelForCausalLM
 
-from qlora_ui import jobs
+from qlora_ui import execution, jobs
 from qlora_ui.engine.train import train
 from qlora_ui.errors import UserError
 from qlora_ui.events import Asked, CheckpointSaved, Event, Finished, HeldOut, Log, Paused, Resumed, Sample, Step, Stopped, Wish
 from qlora_ui.jobs import Jobs
 from qlora_ui.progress import fold
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.stopping import Cancelled
 
 STEPS = 8
 SETTINGS = {
@@ -201,6 +202,22 @@ def test_stop_and_keep_of_a_resting_run_makes_its_adapter(place: tuple[Workspace
     assert f"{stopped.step} steps" in (run.adapter / "README.md").read_text() or "3" in (run.adapter / "README.md").read_text()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place[0].models / "tiny"), run.adapter)
     assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_the_wish_that_made_a_run_rest_does_not_end_its_stop_and_keep(
+    place: tuple[Workspace, Path], resting: Callable[[], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(call: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+        if should_stop():
+            raise Cancelled
+        return call()
+
+    monkeypatch.setattr(execution, "abandonable", slow)  # as the first import of the libraries is
+    run = resting()
+    assert run.wish() == "pause"
+    Jobs(place[0], train).stop(run)
+    run.lock().acquire(timeout=20).lock.release()
+    assert run.state() == "stopped"
 
 
 def test_a_stop_while_it_goes_on_keeps_what_it_had(place: tuple[Workspace, Path], resting: Callable[[], Run]) -> None:

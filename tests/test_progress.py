@@ -83,6 +83,9 @@ TRAINING = (Phase(name="training"), planned(10))
             [*TRAINING, step(10), HeldOut(step=10, loss=0.9876), Finished(step=10)],
             "name · Finished: 10 steps, adapter saved · held-out loss 0.99",
         ),
+        ([*TRAINING, HeldOut(step=0, loss=3), step(2), Paused(step=2, total_steps=10)], "name · Paused at step 2 of 10"),
+        ([*TRAINING, step(2), Paused(step=2, total_steps=10), Resumed(step=2)], "name · starting · loss 1.23"),
+        ([*TRAINING, step(2), step(3, None, skipped=True)], "name · training 3/10 · loss 1.23 · 1 skipped step"),
         ([*TRAINING, step(10), Finished(step=10)], "name · Finished: 10 steps, adapter saved"),
         (
             [*TRAINING, step(3), Asked(wish="stop"), Stopped(step=3, total_steps=10, adapter_saved=True)],

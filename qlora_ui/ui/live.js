@@ -5,8 +5,10 @@
 const EVERY_MS = 1000;
 const LATE_MS = 20000;
 const MOST_LINES = 60;
+const MOST_MISSED = 3; // questions without an answer, after which the page says that it does not know
+const AWAY = "The app does not answer. It said last: ";
 const shown = { version: "", run: "", parts: {}, lines: [], count: -1 };
-let [asking, askAgain, timer] = [false, false, 0];
+let [asking, askAgain, timer, missed] = [false, false, 0, 0];
 
 async function ask() {
   if (asking) return void (askAgain = true);
@@ -18,7 +20,10 @@ async function ask() {
   const answer = await Promise.race([server.news([shown.version, shown.run, shown.count, curve]), late]);
   asking = false;
   if (!element.isConnected) return; // a later mount asks for itself
+  missed = answer ? 0 : missed + 1;
   if (answer?.version) take(answer, curve);
+  else if (answer) window.showNews(); // instead of what was said while there was no answer
+  else if (missed >= MOST_MISSED) sayAway();
   if (document.hidden) return; // visibilitychange goes on
   timer = setTimeout(ask, askAgain || answer?.behind ? 0 : EVERY_MS);
 }
@@ -49,6 +54,14 @@ window.showNews = () => {
   }
   showLog();
 };
+
+function sayAway() {
+  const place = document.querySelector("#status-line .prose:not(:empty)");
+  if (!place || place.news === AWAY) return;
+  place.news = AWAY;
+  place.querySelector(".status").prepend(AWAY);
+  place.querySelector("[aria-live]")?.replaceChildren(AWAY);
+}
 
 function showLog() {
   const box = document.querySelector("#log-box pre");

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from qlora_ui.disk import trouble_with_disk
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services, Stand
@@ -36,7 +37,8 @@ class News:
             silence = self._services.silence(run, progress.state)
             parts = [run.id, progress.state, progress.phase, progress.asked or "", str(progress.adapter_saved), silence]
         known = "device" if self._services.hardware() else "no device yet"
-        return " ".join([*parts, known, str(self._services.workspace.runs.stat().st_mtime_ns)])
+        runs = self._services.workspace.runs
+        return " ".join([*parts, known, str(runs.stat().st_mtime_ns) if runs.is_dir() else "no folder"])
 
     def since(self, version: str, run_id: str, log_count: int, curve: list[Any] | None) -> dict[str, Any]:
         """What a page lacks that has `version`, `log_count` lines of that run's log, and the plot's cursor `curve`; {} when nothing."""
@@ -49,9 +51,12 @@ class News:
             return {}
 
     def _nothing(self, version: str) -> dict[str, Any]:
-        now = self.key(None, None)
+        now, runs = self.key(None, None), self._services.workspace.runs
+        if version == now:
+            return {}
+        gone = "" if runs.is_dir() else trouble_with_disk(runs, then="start again")
         log = {"start": 0, "count": -1, "lines": [markup.NO_LOG]}
-        return {} if version == now else {"version": now, "run": "", "redraw": now, "parts": self._parts(now, None, ""), "log": log}
+        return {"version": now, "run": "", "redraw": now, "parts": self._parts(now, None, gone), "log": log}
 
     def _of(self, run: Run, version: str, run_id: str, log_count: int, curve: list[Any] | None, stand: Stand) -> dict[str, Any]:
         progress = stand.progress

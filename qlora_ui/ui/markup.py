@@ -20,12 +20,12 @@ def question(words: str) -> str:
     return f'<p class="question" role="alert">{escape(words)}</p>'
 
 
-def status(progress: Progress | None, silence: str = "") -> str:
-    """The run bar's line. What is announced to screen readers changes with the phase, not with every step."""
+def status(progress: Progress | None, trouble: str = "") -> str:
+    """The run bar's line; `trouble` is what no event tells. What is announced to screen readers changes with the phase, not with every step."""
     if progress is None:
-        return '<div class="status" data-state="idle">No run yet. Choose data, then start training.</div>'
-    line = " · ".join(filter(None, [progress.status_line(), silence]))
-    said = progress.end_sentence() or silence or progress.phase
+        return f'<div class="status" data-state="idle">{escape(trouble or "No run yet. Choose data, then start training.")}</div>'
+    line = " · ".join(filter(None, [progress.status_line(), trouble]))
+    said = progress.end_sentence() or trouble or progress.phase
     return (
         f'<div class="status" data-state="{progress.state}">{escape(line)}{traceback(progress)}</div>'
         f'<div class="visually-hidden" aria-live="polite">{escape(f"{progress.name}: {said}")}</div>'
@@ -53,7 +53,7 @@ def tiles(progress: Progress | None) -> str:
     last = progress.last if progress else None
     eta = progress.eta_seconds if progress else None
     figures = {
-        "step": f"{progress.step} / {progress.total_steps}" if progress and progress.total_steps else "",
+        "step": f"{progress.step:,} / {progress.total_steps:,}" if progress and progress.total_steps else "",
         "loss": f"{progress.loss:.3f}" if progress and progress.loss is not None else "",
         "held-out": f"{progress.held_out_loss:.3f}" if progress and progress.held_out_loss is not None else "",
         "learning rate": f"{last.learning_rate:.1e}" if last else "",
