@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from qlora_ui import presets
+from qlora_ui import plan_cli, presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -82,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=200)
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(command=chat_command)
+
+    plan = commands.add_parser("plan", help="say what memory a run would take, before it is started")
+    plan_cli.add_arguments(plan)
+    plan.set_defaults(command=plan_command)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)
@@ -175,6 +179,12 @@ def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped
     for title, dropped in listed.items():
         lines += [f"{title}: row {row.row}: {row.reason}" for row in dropped]
     return "\n".join(lines)
+
+
+def plan_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
+    """Print what memory a run would take."""
+    config = plan_cli.read_config(arguments.preset, arguments.model, settings(arguments))
+    return plan_cli.plan(config, workspace, arguments.gpu, arguments.json)
 
 
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
