@@ -138,7 +138,8 @@ def test_what_changes_nothing_that_is_learned_is_advised_first() -> None:
     assert advice(shape, config, 16 * GIB).startswith("Set gradient_checkpointing from off to on (slower by about a third): about ")
     recomputed = config.with_values({"gradient_checkpointing": "on"})
     said = advice(shape, recomputed, 11 * GIB)
-    assert changes(said) == {"micro_batch_size": "2", "gradient_accumulation_steps": "16"}
+    assert config.effective_batch == 32
+    assert changes(said) == {"micro_batch_size": "1", "gradient_accumulation_steps": "32"}
     assert "(the same rows a step)" in said
 
 

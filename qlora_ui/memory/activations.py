@@ -14,7 +14,9 @@ from qlora_ui.config import RunConfig
 from qlora_ui.memory.shapes import Linear, ModelShape, Stack
 from qlora_ui.memory.trained import adapted
 
-CPU_TOKEN_BUDGET = 512  # of a packed sequence on a CPU, as in the engine
+# Of a packed sequence on a CPU. Longer ones are slower there: attention computes what the mask then hides, and that grows with
+# the square.
+CPU_TOKEN_BUDGET = 512
 LOGIT_BYTES = 8  # of one number: Trainer makes logits float32, and their gradient is made beside them
 LOSS_CHUNK = 64  # tokens whose softmax is computed at once
 

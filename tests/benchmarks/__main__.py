@@ -1,4 +1,4 @@
-"""Longer proofs, one command each: `python -m tests.benchmarks data|kill|starter|startup|training`. They print what they measured."""
+"""Longer proofs, one command each: `python -m tests.benchmarks data|kill|memory|starter|startup|training`. They print what they measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 from importlib.metadata import version
 
-NAMES = ("data", "kill", "starter", "startup", "training")
+NAMES = ("data", "kill", "memory", "starter", "startup", "training")
 
 
 def main() -> None:
