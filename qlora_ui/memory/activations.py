@@ -17,7 +17,8 @@ from qlora_ui.memory.trained import adapted
 # Of a packed sequence on a CPU. Longer ones are slower there: attention computes what the mask then hides, and that grows with
 # the square.
 CPU_TOKEN_BUDGET = 512
-LOGIT_BYTES = 8  # of one number: Trainer makes logits float32, and their gradient is made beside them
+# Of one number: Trainer makes logits float32, and their gradient is made beside them; an encoder-decoder's own loss has a third copy.
+LOGIT_BYTES, LOGIT_BYTES_ENCODER_DECODER = 8, 12
 LOSS_CHUNK = 64  # tokens whose softmax is computed at once
 
 
@@ -92,7 +93,8 @@ def habits_of(shape: ModelShape) -> Habits:
 class Activations:
     """Bytes. `layers` are all layers' own, `inputs` what is kept of them when they are computed again, `largest` one layer's.
 
-    `outside` is kept beside the layers; `passing` comes and goes in the backward pass through one layer.
+    `outside` is kept beside the layers; `passing` comes and goes in the pass through one layer. `copies` are all layers' adapters
+    in 16 bits, among `layers`: autocast keeps them to the end of the forward pass, whether the layers are computed again or not.
     """
 
     layers: int
@@ -100,28 +102,32 @@ class Activations:
     largest: int
     outside: int
     passing: int
+    copies: int
 
     @property
     def kept(self) -> int:
         return self.layers + self.outside
 
     def at_peak(self, logits: int, recompute: bool) -> int:
-        """What is there beside the logits at the peak: while the loss is computed, or when they are gone and a layer goes backward."""
+        """What is there beside the logits at the peak: while the loss is computed, or without them, in the pass through a layer."""
         if recompute:
-            return self.inputs + self.outside + max(0, self.largest + self.passing - logits)
+            return self.inputs + self.outside + max(0, max(self.largest, self.copies) + self.passing - logits)
         return self.kept + max(0, self.passing - logits)
 
 
 def logits_bytes(shape: ModelShape, batch: Batch) -> int:
     """Logits of all tokens that may be trained, and their gradient."""
+    if shape.is_encoder_decoder:
+        return shape.vocab * batch.tokens // 2 * LOGIT_BYTES_ENCODER_DECODER
     each = LOGIT_BYTES + batch.dtype_bytes * habits_of(shape).soft_caps
-    return shape.vocab * (batch.tokens // len(shape.stacks) * each + LOSS_CHUNK * LOGIT_BYTES)
+    return shape.vocab * (batch.tokens * each + LOSS_CHUNK * LOGIT_BYTES)
 
 
 def activations_of(shape: ModelShape, config: RunConfig, batch: Batch) -> Activations:
     """Those of one micro-batch. Encoder and decoder share its tokens."""
     habits, tokens = habits_of(shape), batch.tokens // len(shape.stacks)
-    layers = [layer_bytes(shape, stack, config, batch, tokens) for stack in shape.stacks]
+    copies = [copy_bytes(shape, stack, config, batch) for stack in shape.stacks]
+    layers = [layer_bytes(shape, stack, config, batch, tokens) + copy for stack, copy in zip(shape.stacks, copies, strict=True)]
     number = tokens * batch.bytes_of(habits.stream)
     stream = number * shape.hidden
     widest = batch.dtype_bytes * max(linear.weights for linear, _ in shape.linears)  # unpacked for a product
@@ -131,21 +137,30 @@ def activations_of(shape: ModelShape, config: RunConfig, batch: Batch) -> Activa
         inputs=sum(stream * stack.layers for stack in shape.stacks),
         largest=max(layers),
         outside=len(shape.stacks) * (stream + 4 * tokens * shape.hidden) + masks,
+        copies=sum(copy * stack.layers for copy, stack in zip(copies, shape.stacks, strict=True)),
         passing=max(number * (7 * shape.intermediate // 2 + 2 * shape.hidden), number * (2 * shape.intermediate + shape.hidden) + widest),
     )
 
 
 def layer_bytes(shape: ModelShape, stack: Stack, config: RunConfig, batch: Batch, tokens: int) -> int:
-    """What one layer keeps of so many tokens, and the 16-bit copy of its adapter that autocast makes."""
-    habits = habits_of(shape)
-    linears = [linear for linear in stack.linears if linear in {target for target, _ in adapted(shape, config.adapter)}]
+    """What one layer keeps of so many tokens."""
+    habits, linears = habits_of(shape), _adapted_in(shape, stack, config)
     normed = sum(norm.width for norm in stack.norms[: 1 if habits.norms_read_the_same else None])
     attentions = sum(linear.reads.endswith("attention output") for linear in stack.linears)
     dropped = (len(stack.norms) * shape.hidden + shape.intermediate * habits.mask_of_each_head) * habits.dropout
     each = normed * batch.bytes_of(habits.norm) + shape.intermediate * batch.bytes_of(habits.inner) + dropped
-    each += attentions * _attention_bytes(shape, batch) + _adapter_bytes(stack, linears, config, batch, habits)
-    copies = 2 * config.adapter.lora_r * sum(linear.in_features + linear.out_features for linear in linears) * batch.half
-    return tokens * each + copies
+    return tokens * (each + attentions * _attention_bytes(shape, batch) + _adapter_bytes(stack, linears, config, batch, habits))
+
+
+def copy_bytes(shape: ModelShape, stack: Stack, config: RunConfig, batch: Batch) -> int:
+    """One layer's adapter in 16 bits, where it is computed so."""
+    ends = sum(linear.in_features + linear.out_features for linear in _adapted_in(shape, stack, config))
+    return 2 * config.adapter.lora_r * ends * batch.half
+
+
+def _adapted_in(shape: ModelShape, stack: Stack, config: RunConfig) -> list[Linear]:
+    targets = {target for target, _ in adapted(shape, config.adapter)}
+    return [linear for linear in stack.linears if linear in targets]
 
 
 def _attention_bytes(shape: ModelShape, batch: Batch) -> int:

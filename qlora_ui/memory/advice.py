@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_ui.config import RunConfig
@@ -10,8 +11,16 @@ from qlora_ui.memory.devices import CARDS, GIB, Device
 from qlora_ui.memory.forecast import forecast
 from qlora_ui.memory.shapes import ModelShape
 
-LEAST_SEQ_LEN = 128  # shorter rows lose too much of most data sets to be a remedy
-LEAST_RANK = 8  # the least that is usual
+LEAST_SEQ_LEN, LEAST_RANK = 128, 8  # below these is no remedy, and neither is less than a quarter of what was wished
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """Settings to change and a word on what that means. `harmless`: what is learned stays the same, or nearly so."""
+
+    values: Mapping[str, Any]
+    meaning: str = ""
+    harmless: bool = True
 
 
 def advice(shape: ModelShape, config: RunConfig, memory_bytes: int) -> str:
@@ -25,63 +34,69 @@ def advice_for(shape: ModelShape, config: RunConfig, device: Device) -> str:
     Each remedy is tried by forecasting the run with it. A change that makes it fit goes before one that makes it just fit.
     """
     before = forecast(shape, config, device)
-    have = f"{device.memory_bytes / GIB:.1f} GiB"
-    verdict = before.verdict(device.memory_bytes)
+    verdict, have = before.verdict(device.memory_bytes), f"{device.memory_bytes / GIB:.1f} GiB"
+    takes = f"It takes about {before.total / GIB:.1f} of {have}"
     if verdict == "fits":
-        return f"It takes about {before.total / GIB:.1f} of {have}."
+        return f"{takes}."
     just_fits = ""
-    for values, meaning in remedies(config, before.gradient_checkpointing):
-        after = forecast(shape, config.with_values(values), device)
-        said = f"Set {_words(config, values)}{meaning}: about {after.total / GIB:.1f} GiB instead of {before.total / GIB:.1f}"
+    for remedy in remedies(config, before.gradient_checkpointing):
+        if verdict == "tight" and not remedy.harmless:
+            continue
+        after = forecast(shape, config.with_values(remedy.values), device)
+        said = f"Set {_words(config, remedy.values)}{remedy.meaning}: about {after.total / GIB:.1f} GiB instead of {before.total / GIB:.1f}"
         if after.verdict(device.memory_bytes) == "fits":
             return f"{said}, which fits {have}."
         if after.verdict(device.memory_bytes) == "tight":
             just_fits = just_fits or f"{said}, which may just fit {have}."
+    if verdict == "tight" and before.total > device.memory_bytes:
+        return f"{takes}, but {before.paged_bytes / GIB:.1f} GiB are the optimizer's pages, which can move to the CPU's memory."
     if verdict == "tight":
-        return f"It takes about {before.total / GIB:.1f} of {have}, and no single change takes it far below that. Try it."
+        return f"{takes}, which is nearer than the forecast is exact. Try it."
     return just_fits or _several(shape, config, device) or _elsewhere(shape, config, before.total)
+
+
+def remedies(config: RunConfig, recomputes: bool) -> Iterator[Remedy]:
+    """First what costs only time, then what costs quality."""
+    o = config.optimization
+    if not recomputes:
+        yield Remedy(values={"gradient_checkpointing": "on"}, meaning=" (slower by about a third)")
+    rows = o.micro_batch_size
+    while rows > 1:
+        rows //= 2
+        accumulation = -(-config.effective_batch // rows)
+        yield Remedy(
+            values={"micro_batch_size": rows, "gradient_accumulation_steps": accumulation}, meaning=" (as many rows a step as before)"
+        )
+    if config.quantization.quant_bits != "4":
+        yield Remedy(values={"quant_bits": "4"})
+    elif not config.quantization.double_quant:
+        yield Remedy(values={"double_quant": True})
+    if o.optimizer != "paged_adamw_8bit":
+        yield Remedy(values={"optimizer": "paged_adamw_8bit"})
+    for rank in (config.adapter.lora_r // 2, config.adapter.lora_r // 4):
+        if rank >= LEAST_RANK:
+            yield Remedy(values={"lora_r": rank}, harmless=False)
+    for tokens in (config.data.max_seq_len // 2, config.data.max_seq_len // 4):
+        if tokens >= LEAST_SEQ_LEN:
+            meaning = f" (longer rows: {config.data.long_rows})"
+            yield Remedy(values={"max_seq_len": tokens}, meaning=meaning, harmless=False)
 
 
 def _several(shape: ModelShape, config: RunConfig, device: Device) -> str:
     """When no single change is enough: as many of them as it takes, in their order; nothing when all are too little."""
     changed: dict[str, Any] = {}
-    for values, _ in remedies(config, forecast(shape, config, device).gradient_checkpointing):
-        changed.update(values)
+    for remedy in remedies(config, forecast(shape, config, device).gradient_checkpointing):
+        changed.update(remedy.values)
         after = forecast(shape, config.with_values(changed), device)
         if after.verdict(device.memory_bytes) != "does not fit":
-            return f"No single change is enough; together these are: {_words(config, changed)} (about {after.total / GIB:.1f} GiB)."
+            return f"No single change is enough. Set {_words(config, changed)}: together about {after.total / GIB:.1f} GiB."
     return ""
-
-
-def remedies(config: RunConfig, recomputes: bool) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Settings to change, and a word on what that means. First what costs only time, then what costs quality."""
-    o = config.optimization
-    if not recomputes:
-        yield {"gradient_checkpointing": "on"}, " (slower by about a third)"
-    rows = o.micro_batch_size
-    while rows > 1:
-        rows //= 2
-        accumulation = -(-config.effective_batch // rows)
-        yield {"micro_batch_size": rows, "gradient_accumulation_steps": accumulation}, " (the same rows a step)"
-    if config.quantization.quant_bits != "4":
-        yield {"quant_bits": "4"}, ""
-    elif not config.quantization.double_quant:
-        yield {"double_quant": True}, ""
-    if o.optimizer != "paged_adamw_8bit":
-        yield {"optimizer": "paged_adamw_8bit"}, ""
-    tokens = config.data.max_seq_len
-    while tokens > LEAST_SEQ_LEN:
-        tokens = max(tokens // 2, LEAST_SEQ_LEN)
-        yield {"max_seq_len": tokens}, " (longer rows are cut, dropped or split, as long_rows says)"
-    rank = config.adapter.lora_r
-    while rank > LEAST_RANK:
-        rank = max(rank // 2, LEAST_RANK)
-        yield {"lora_r": rank}, ""
 
 
 def _words(config: RunConfig, values: Mapping[str, Any]) -> str:
     before = config.values()
-    return " and ".join(f"{name} from {_shown(before[name])} to {_shown(value)}" for name, value in values.items())
+    *others, last = (f"{name} from {_shown(before[name])} to {_shown(value)}" for name, value in values.items())
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _shown(value: object) -> str:
