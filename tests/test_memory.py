@@ -194,6 +194,7 @@ def kept(folder: Path, layers: int, config: RunConfig, name: str, tokens: int) -
         ("qwen3", "float32", 0.1),
         ("olmo2", "float32", 0.1),
         ("phi3", "float32", 0.1),
+        ("gpt-neox", "float32", 0.1),
     ],
 )
 def test_a_layer_keeps_the_bytes_that_are_forecast(tmp_path: Path, name: str, compute_dtype: str, lora_dropout: float) -> None:

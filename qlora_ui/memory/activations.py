@@ -171,7 +171,9 @@ def _attention_bytes(shape: ModelShape, batch: Batch) -> int:
     if batch.on_cpu and batch.half and not batch.masked:  # plain products, as they are quicker there: they keep the scores
         return 3 * size * queries + size * shape.heads * min(batch.sequence, CPU_TOKEN_BUDGET)
     repeated = queries if batch.masked else keys  # with a mask each query head is given keys and values of its own
-    return size * 2 * (queries + repeated) + 4 * shape.heads + _mask_bytes(shape, batch)
+    fused = sum(linear.reads == "attention input" for linear in shape.stacks[0].linears) == 1
+    around = queries + keys if fused and repeated == keys else 0  # the values are a part of one product, which is kept whole
+    return size * (2 * (queries + repeated) + around) + 4 * shape.heads + _mask_bytes(shape, batch)
 
 
 def _mask_bytes(shape: ModelShape, batch: Batch) -> int:

@@ -154,8 +154,7 @@ def _whole(
         head=Linear(path=head, in_features=width, out_features=sizes["vocab"], reads="last hidden states", quantized=False),
         final_norms=final_norms,
         stacks=stacks,
-        **sizes,
-        **more,
+        **{**sizes, **more},
     )
 
 

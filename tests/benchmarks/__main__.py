@@ -1,4 +1,4 @@
-"""Longer proofs, one command each: `python -m tests.benchmarks data|kill|memory|starter|startup|training`. They print what they measured."""
+"""Longer proofs, one command each: `python -m tests.benchmarks NAME`. They print what they measured."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from qlora_ui.config import STARTER_MODEL, RunConfig
 from qlora_ui.events import Event, Failed, Log
@@ -89,6 +90,7 @@ def measure(folder: str, home: str, values: dict[str, Any]) -> None:
 
     from qlora_ui.engine import train
     from qlora_ui.engine.hardware import detect
+    from qlora_ui.engine.model import load_quantized
 
     on_gpu = torch.cuda.is_available()
     workspace, rows = Workspace.open(folder), Path(folder) / "rows.json"
@@ -101,16 +103,14 @@ def measure(folder: str, home: str, values: dict[str, Any]) -> None:
     long = "word " * config.data.max_seq_len
     rows.write_text(json.dumps([{"instruction": f"{n}", "output": f"{n} {long}"} for n in range(STEPS * config.effective_batch)]))
     told: dict[str, Any] = {"libraries": peak_of_process()}
-    load = train.load_quantized
 
     def load_and_weigh(*arguments: Any) -> Any:
-        base = load(*arguments)
+        base = load_quantized(*arguments)
         told["base"] = base_size(base)
         return base
 
-    train.load_quantized = load_and_weigh
     run, lock = workspace.create(config, "memory", {})
-    with lock:
+    with lock, mock.patch.object(train, "load_quantized", load_and_weigh):
         train.train(run, emit, lambda: False)
     told["peak"] = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
 
@@ -147,7 +147,7 @@ def base_size(base: Any) -> int:
 
     whole = [p for p in base.parameters() if not (hasattr(p, "quant_state") or hasattr(p, "SCB"))]
     is_quantized = len(whole) < len(list(base.parameters()))
-    return sum(parameter.nbytes for parameter in whole) + (measure_storage(base).bytes if is_quantized else 0)
+    return int(sum(parameter.nbytes for parameter in whole)) + (measure_storage(base).bytes if is_quantized else 0)
 
 
 def peak_of_process() -> int:
