@@ -52,9 +52,7 @@ def this_machine(config: RunConfig) -> Device:
     """What would train here, with the memory that is free now."""
     from qlora_ui.engine.hardware import detect
 
-    hardware = detect(config.quantization.compute_dtype)
-    free = int(hardware.memory_free_gib * GIB)
-    return Device(name=hardware.name, kind=hardware.kind, memory_bytes=free, compute_dtype=hardware.compute_dtype)
+    return detect(config.quantization.compute_dtype).device()
 
 
 def report(config: RunConfig, shape: ModelShape, device: Device, planned: Forecast, said: str) -> dict[str, object]:
@@ -108,10 +106,9 @@ def paper_table() -> str:
         shape = find_shape(config.model.model, config.model.revision, presets.FOLDER)
         planned = forecast(shape, config, card)
         terms = planned.terms
-        base = terms.quantized_weights + terms.quantization_constants + terms.unquantized_parts
-        trained = base + terms.adapter + terms.gradients + terms.optimizer_state
+        trained = terms.base + terms.adapter + terms.gradients + terms.optimizer_state
         lines.append(
-            f"| `{name}` | {shape.parameters / 1e9:.2f} billion | {base / 1e9:.1f} GB | {f'{of_weights} GB' if of_weights else ''} "
+            f"| `{name}` | {shape.parameters / 1e9:.2f} billion | {terms.base / 1e9:.1f} GB | {f'{of_weights} GB' if of_weights else ''} "
             f"| {trained / 1e9:.1f} GB | {planned.total / 1e9:.1f} GB | {of_guanaco} GB |"
         )
     return "\n".join(lines)

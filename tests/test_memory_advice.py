@@ -11,7 +11,7 @@ import pytest
 from qlora_ui import presets
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.errors import UserError
-from qlora_ui.memory.advice import advice, advice_for
+from qlora_ui.memory.advice import advice, advice_after_lack, advice_for
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import OVERHEAD_BYTES, activation_room, forecast
 from qlora_ui.memory.shapes import read_shape
@@ -148,3 +148,21 @@ def test_on_a_cpu_advice_is_of_the_same_kind() -> None:
     shape = read_shape(shipped()[config.model.model], "starter")
     device = Device(name="CPU", kind="cpu", memory_bytes=24 * GIB, compute_dtype="float32")
     assert re.fullmatch(r"It takes about \d\.\d of 24\.0 GiB\.", advice_for(shape, config, device))
+
+
+@pytest.mark.parametrize(
+    ("gib", "loading", "values", "said"),
+    [
+        (6, False, {}, "No single change is enough. Set micro_batch_size from 4 to 1, "),  # as was forecast
+        (80, False, {}, "By the forecast the run takes 7.9 GiB, and 80.0 GiB are free now. Close what else uses the memory, or set opt"),
+        (4, True, {"quant_bits": 16}, "By the forecast its weights take 12.6 GiB, and 4.0 GiB are free now. Close what else"),
+        (4, True, {}, "By the forecast its weights take 3.6 GiB, and 4.0 GiB are free now. Close what else uses the memory, or choose"),
+    ],
+)
+def test_memory_that_ran_out_all_the_same_is_advised_on(gib: float, loading: bool, values: dict[str, Any], said: str) -> None:
+    config = presets.load("guanaco-7b").config.with_values({"gradient_checkpointing": "on", **values})
+    shape = read_shape(shipped()[config.model.model], "7b")
+    told = advice_after_lack(shape, config, find_device(str(gib)), loading=loading)
+    assert told.startswith(said)
+    if loading:
+        assert ("or set quant_bits from 16 to 4" in told) == bool(values)

@@ -16,12 +16,13 @@ import torch
 from qlora_ui.config import RunConfig
 from qlora_ui.engine import cpu
 from qlora_ui.engine.batches import Row, StepCollator, packed
-from qlora_ui.engine.hardware import GIB, Hardware, free_memory_gib, torch_dtype
+from qlora_ui.engine.hardware import Hardware, free_memory_gib, torch_dtype
 from qlora_ui.engine.loss import Loss
 from qlora_ui.engine.tokenized import FittedRows
 from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS
 from qlora_ui.events import Event, Log
 from qlora_ui.memory.activations import CPU_TOKEN_BUDGET
+from qlora_ui.memory.devices import GIB
 from qlora_ui.memory.forecast import activation_room
 
 # A row in a pack must come out this much nearer to itself alone than to itself behind another row. Rounding alone stays below.

@@ -11,6 +11,7 @@ from qlora_ui.memory.devices import CARDS, GIB, Device
 from qlora_ui.memory.forecast import forecast
 from qlora_ui.memory.shapes import ModelShape
 
+NOTICEABLY_LESS = 0.9  # of what a run was forecast to take, when memory ran out all the same
 LEAST_SEQ_LEN, LEAST_RANK = 128, 8  # below these is no remedy, and neither is less than a quarter of what was wished
 
 
@@ -43,16 +44,39 @@ def advice_for(shape: ModelShape, config: RunConfig, device: Device) -> str:
         if verdict == "tight" and not remedy.harmless:
             continue
         after = forecast(shape, config.with_values(remedy.values), device)
-        said = f"Set {_words(config, remedy.values)}{remedy.meaning}: about {after.total / GIB:.1f} GiB instead of {before.total / GIB:.1f}"
+        said = _said(config, remedy, before.total, after.total)
         if after.verdict(device.memory_bytes) == "fits":
-            return f"{said}, which fits {have}."
+            return f"Set {said}, which fits {have}."
         if after.verdict(device.memory_bytes) == "tight":
-            just_fits = just_fits or f"{said}, which may just fit {have}."
+            just_fits = just_fits or f"Set {said}, which may just fit {have}."
     if verdict == "tight" and before.total > device.memory_bytes:
         return f"{takes}, but {before.paged_bytes / GIB:.1f} GiB are the optimizer's pages, which can move to the CPU's memory."
     if verdict == "tight":
         return f"{takes}, which is nearer than the forecast is exact. Try it."
     return just_fits or _several(shape, config, device) or _elsewhere(shape, config, before.total)
+
+
+def advice_after_lack(shape: ModelShape, config: RunConfig, device: Device, *, loading: bool) -> str:
+    """What to do when memory ran out on a device that now has so much free: `loading` the base, or training.
+
+    The forecast may well say that the run fits, as it cannot know what else takes memory. Then the first remedy counts that
+    saves noticeably.
+    """
+
+    def needed(values: Mapping[str, Any]) -> int:
+        planned = forecast(shape, config.with_values(values), device)
+        return planned.terms.base if loading else planned.total
+
+    before, have = forecast(shape, config, device), device.memory_bytes / GIB
+    if before.verdict(device.memory_bytes) == "does not fit" and not loading:
+        return advice_for(shape, config, device)
+    takes = needed({})
+    counted = f"By the forecast {'its weights take' if loading else 'the run takes'} {takes / GIB:.1f} GiB, and {have:.1f} GiB are free now"
+    for remedy in remedies(config, before.gradient_checkpointing):
+        less = needed(remedy.values)
+        if less <= NOTICEABLY_LESS * takes:
+            return f"{counted}. Close what else uses the memory, or set {_said(config, remedy, takes, less)}."
+    return f"{counted}. Close what else uses the memory, or choose a smaller model."
 
 
 def remedies(config: RunConfig, recomputes: bool) -> Iterator[Remedy]:
@@ -91,6 +115,10 @@ def _several(shape: ModelShape, config: RunConfig, device: Device) -> str:
         if after.verdict(device.memory_bytes) != "does not fit":
             return f"No single change is enough. Set {_words(config, changed)}: together about {after.total / GIB:.1f} GiB."
     return ""
+
+
+def _said(config: RunConfig, remedy: Remedy, before: int, after: int) -> str:
+    return f"{_words(config, remedy.values)}{remedy.meaning}: about {after / GIB:.1f} GiB instead of {before / GIB:.1f}"
 
 
 def _words(config: RunConfig, values: Mapping[str, Any]) -> str:

@@ -50,6 +50,11 @@ class Terms:
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(dataclasses.asdict(self).items())
 
+    @property
+    def base(self) -> int:
+        """What the model itself takes."""
+        return self.quantized_weights + self.quantization_constants + self.unquantized_parts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:

@@ -20,7 +20,7 @@ from unittest import mock
 
 from qlora_ui.config import STARTER_MODEL, RunConfig
 from qlora_ui.events import Event, Failed, Log
-from qlora_ui.memory.devices import GIB, Device
+from qlora_ui.memory.devices import GIB
 from qlora_ui.memory.forecast import forecast
 from qlora_ui.memory.shapes import read_shape
 from qlora_ui.model_configs import find_shape, shipped
@@ -114,12 +114,9 @@ def measure(folder: str, home: str, values: dict[str, Any]) -> None:
         train.train(run, emit, lambda: False)
     told["peak"] = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
 
-    hardware = detect(config.quantization.compute_dtype)
-    device = Device(name="", kind=hardware.kind, memory_bytes=0, compute_dtype=hardware.compute_dtype)
-    planned = forecast(find_shape(config.model.model, "main", workspace.models), config, device)
-    terms = planned.terms
-    told["base_forecast"] = terms.quantized_weights + terms.quantization_constants + terms.unquantized_parts
-    told["forecast"] = planned.total - (terms.overhead if on_gpu else 0)
+    planned = forecast(find_shape(config.model.model, "main", workspace.models), config, detect(config.quantization.compute_dtype).device())
+    told["base_forecast"] = planned.terms.base
+    told["forecast"] = planned.total - (planned.terms.overhead if on_gpu else 0)
     print(json.dumps(told))
 
 
