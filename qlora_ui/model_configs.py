@@ -18,19 +18,31 @@ SHIPPED = Path(__file__).with_name("model_configs.yaml")
 HUB_SECONDS = 4.0  # for a few hundred bytes
 
 
+class NotHere(UserError):
+    """The model's shape is not on this machine; the Hub may have it."""
+
+
 def find_shape(model: str, revision: str, models: Path) -> ModelShape:
     """The shape of a model by its id or folder. Raises UserError when it is nowhere to be had, or not understood."""
     return read_shape(find_config(model, revision, models), model)
 
 
-def find_config(model: str, revision: str, models: Path) -> dict[str, Any]:
+def find_shape_within(model: str, revision: str, models: Path) -> ModelShape:
+    """For a page: no folder outside the workspace is looked at, and nobody is asked. Raises NotHere where the Hub would have to be."""
+    return read_shape(find_config(model, revision, models, within=models.parent, ask_hub=False), model)
+
+
+def find_config(model: str, revision: str, models: Path, *, within: Path | None = None, ask_hub: bool = True) -> dict[str, Any]:
     """What its config.json says: in the workspace's models, in a folder, shipped, in the Hub's cache, on the Hub; the first counts."""
     try:
-        folders = [folder for folder in (models / model.replace("/", "--"), Path(model).expanduser()) if (folder / "config.json").is_file()]
-    except (OSError, RuntimeError):  # longer than a file's name may be; the home of a user that is not
-        folders = []
-    if folders:
-        return _read(folders[0] / "config.json", model)
+        folders, folder = [models / model.replace("/", "--")], Path(model).expanduser()
+        if within is None or folder.resolve().is_relative_to(within.resolve()):
+            folders.append(folder)
+        found = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    except (OSError, RuntimeError, ValueError):  # longer than a file's name may be; the home of a user that is not; a NUL
+        found = []
+    if found:
+        return _read(found[0], model)
     if model in shipped():
         return shipped()[model]
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -38,7 +50,10 @@ def find_config(model: str, revision: str, models: Path) -> dict[str, Any]:
             f"There is no model {model!r} on this machine. Use a Hugging Face id (owner/name), or put its folder into {models}.",
             field="model",
         )
-    return _read(_from_hub(model, revision), model)
+    cached = _from_cache(model, revision)
+    if not (cached or ask_hub):
+        raise NotHere(f"The shape of {model} is not on this machine, so its memory cannot be counted yet.", field="model")
+    return _read(cached or _from_hub(model, revision), model)
 
 
 @cache
@@ -58,9 +73,20 @@ def _read(path: Path, model: str) -> dict[str, Any]:
     return config
 
 
+def _from_cache(model: str, revision: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:  # no name that the Hub could have: it says so better
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def _from_hub(model: str, revision: str) -> Path:
-    """The path of the file in the Hub's cache, fetched when it is not there."""
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    """The path of the file in the Hub's cache, where it is put."""
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HFValidationError,
@@ -76,9 +102,6 @@ def _from_hub(model: str, revision: str) -> Path:
 
     until = time.monotonic() + HUB_SECONDS
     try:
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
         return Path(abandonable(fetch, lambda: time.monotonic() > until))
     except GatedRepoError as error:
         raise UserError(f"{model} is gated: accept its licence on its Hub page and set HF_TOKEN to your token.", field="model") from error

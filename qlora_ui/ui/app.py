@@ -13,7 +13,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, markup, run_bar, scripting, theme, train_tab
+from qlora_ui.ui import chat_tab, data_rows, data_source, data_tab, form, markup, planner, run_bar, scripting, theme, train_tab
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -79,6 +79,7 @@ def wire(
     gr.on(
         [*changes, train.isolated.input], partial(train_tab.draft, names), kept, [draft], trigger_mode="always_last", queue=False, **QUIET
     )
+    planner.wire(services, train.memory, names, form_values, [*changes, bar.chip.change, page.load], QUIET)
     wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 
