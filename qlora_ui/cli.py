@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_ui import presets
+from qlora_ui import plan_cli, presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, reasons, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -88,6 +88,10 @@ def parser() -> argparse.ArgumentParser:
     script.add_argument("--run", required=True, help="the run's id, or 'last'")
     script.add_argument("--to", required=True, metavar="FOLDER", help="the folder to make")
     script.set_defaults(command=script_command)
+
+    plan = commands.add_parser("plan", help="say what memory a run would take, before it is started")
+    plan_cli.add_arguments(plan)
+    plan.set_defaults(command=plan_command)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)
@@ -186,6 +190,12 @@ def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped
     for title, dropped in listed.items():
         lines += [f"{title}: {where}: {reason}" for reason, where in reasons.in_words(dropped).items()]
     return "\n".join(lines)
+
+
+def plan_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
+    """Print what memory a run would take."""
+    config = plan_cli.read_config(arguments.preset, arguments.model, settings(arguments))
+    return plan_cli.plan(config, workspace, arguments.gpu, arguments.json)
 
 
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:

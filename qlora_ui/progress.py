@@ -176,14 +176,18 @@ class Progress:
         return self.phase_progress.done / self.phase_progress.total if self.phase_progress and self.phase_progress.total else 0.0
 
     @property
-    def eta_seconds(self) -> float | None:
-        """Seconds of training left at the usual pace of the last 20 steps; None before three steps are known.
+    def seconds_a_step(self) -> float | None:
+        """The usual pace of the last 20 steps; None before three steps are known.
 
         The median, because a clock that was set or a laptop that slept makes a step look hours long.
         """
-        if self.state != "running" or len(self._step_seconds) < 2:
-            return None
-        return statistics.median_low(self._step_seconds) * (self.total_steps - self.step)
+        return statistics.median_low(self._step_seconds) if len(self._step_seconds) >= 2 else None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds of training left at that pace."""
+        pace = self.seconds_a_step
+        return None if self.state != "running" or pace is None else pace * (self.total_steps - self.step)
 
     def add(self, event: Event) -> None:
         """Take in the next event."""

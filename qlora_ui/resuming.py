@@ -1,4 +1,4 @@
-"""How a run goes on: from which checkpoint, with which settings, and for what reason. Knows nothing of torch or Gradio."""
+"""How a run goes on: from which checkpoint, with which settings, and for what reason. Knows nothing of Gradio."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from qlora_ui import checkpoints, progress
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.events import Finished, Log, Resumed
+from qlora_ui.memory.advice import advice_after_lack
+from qlora_ui.model_configs import find_shape
 from qlora_ui.runs import Run
 from qlora_ui.stopping import Diverged
 
@@ -56,15 +58,13 @@ def with_less(run: Run, lack: str) -> Path | None:
     changes = less_memory(config)
     if phase not in ("training", "saving"):
         raise UserError(
-            f"{config.model.model} does not fit into the memory of this machine ({lack}). "
-            "Choose a smaller model, or close what else uses the memory.",
+            f"{config.model.model} does not fit into the memory of this machine ({lack}). {memory_advice(run, config, loading=True)}",
             field="model",
         )
     if not changes:
         raise UserError(
             f"{TOO_LITTLE_MEMORY} even for one row at a time with gradient checkpointing ({lack}). "
-            "Free some memory, then resume; or start a new run with a lower "
-            f"max_seq_len (it is {config.data.max_seq_len}) or lora_r ({config.adapter.lora_r}), or a smaller model.",
+            f"{memory_advice(run, config, loading=False)}",
             field="max_seq_len",
         )
     checkpoint = checkpoints.newest_complete(run)
@@ -79,6 +79,20 @@ def less_memory(config: RunConfig) -> dict[str, Any]:
     if smaller:
         return {"micro_batch_size": smaller[-1], "gradient_accumulation_steps": config.effective_batch // smaller[-1]}
     return {} if o.gradient_checkpointing == "on" else {"gradient_checkpointing": "on"}
+
+
+def memory_advice(run: Run, config: RunConfig, *, loading: bool) -> str:
+    """What the memory planner advises for this device as it is now; for a model that it does not know, what always helps."""
+    from qlora_ui.engine.hardware import detect
+
+    try:
+        shape = find_shape(config.model.model, config.model.revision, run.workspace.models)
+    except UserError as unknown:
+        return (
+            f"Lower max_seq_len (it is {config.data.max_seq_len}) or lora_r ({config.adapter.lora_r}), choose a smaller model, or close "
+            f"what else uses the memory. {unknown}"
+        )
+    return advice_after_lack(shape, config, detect(config.quantization.compute_dtype).device(), loading=loading)
 
 
 def slower(run: Run, error: Diverged) -> Path | None:

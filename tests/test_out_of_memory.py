@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +16,13 @@ import torch
 from qlora_ui import jobs
 from qlora_ui.config import RunConfig
 from qlora_ui.engine import train as engine_train
-from qlora_ui.engine.hardware import is_out_of_memory
+from qlora_ui.engine.hardware import detect, is_out_of_memory
 from qlora_ui.engine.step_trainer import StepTrainer
 from qlora_ui.engine.train import train
-from qlora_ui.events import Failed, Finished, Paused, Resumed, Step
+from qlora_ui.errors import UserError
+from qlora_ui.events import Failed, Finished, Paused, Phase, Resumed, Step
 from qlora_ui.progress import log_line
-from qlora_ui.resuming import less_memory
+from qlora_ui.resuming import less_memory, with_less
 from qlora_ui.runs import Run, Workspace
 
 LACK = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
@@ -95,8 +98,34 @@ def test_when_nothing_is_left_to_save_it_rests_with_advice_and_keeps_its_last_st
     (paused,) = tiny.events_of(run, Paused)
     assert (paused.step, paused.traceback) == (2, "")
     assert "even for one row at a time with gradient checkpointing" in paused.reason
-    assert "start a new run with a lower max_seq_len (it is 128) or lora_r (4)" in paused.reason
+    assert "By the forecast the run takes 0.9 GiB, and " in paused.reason
+    assert paused.reason.endswith(" GiB are free now. Close what else uses the memory, or choose a smaller model.")
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gib", "said"),
+    [
+        ("llama", 0.5, "It takes about 0.9 GiB. Use a larger GPU (T4 is enough), or choose a smaller model."),
+        (
+            "mamba",
+            0.5,
+            "Lower max_seq_len (it is 128) or lora_r (4), choose a smaller model, or close what else uses the memory. tiny is of",
+        ),
+    ],
+)
+def test_its_advice_is_the_memory_planners_for_what_is_free_now(
+    tiny_workspace: Workspace, rows: Path, kind: str, gib: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = tiny_workspace.models / "tiny" / "config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "model_type": kind}))
+    found = dataclasses.replace(detect("float32"), memory_free_gib=gib)
+    monkeypatch.setattr("qlora_ui.engine.hardware.detect", lambda wish: found)
+    run = tiny.tiny_run(tiny_workspace, rows, micro_batch_size=1, gradient_checkpointing="on")
+    run.append(Phase(name="training"))
+    with pytest.raises(UserError) as told:
+        with_less(run, LACK)
+    assert f"({LACK}). {said}" in str(told.value)
 
 
 def test_a_half_done_update_is_not_saved(place: tuple[Workspace, Path], whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +170,9 @@ def test_a_base_that_does_not_fit_is_told_at_once(place: tuple[Workspace, Path],
     monkeypatch.setattr(engine_train, "load_quantized", load_quantized)
     run = trained(place)
     (failed,) = tiny.events_of(run, Failed)
-    assert failed.message.startswith("tiny does not fit into the memory of this machine (MemoryError). Choose a smaller model")
+    assert failed.message.startswith(
+        "tiny does not fit into the memory of this machine (MemoryError). By the forecast its weights take 0.0 GiB"
+    )
     assert not tiny.events_of(run, Resumed)
 
 

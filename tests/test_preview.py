@@ -176,6 +176,6 @@ def test_rows_that_spell_special_tokens_are_told() -> None:
 def test_sequences_are_counted_as_training_makes_them() -> None:
     preview = preview_of(test_tokens.talk("the question", "the answer " * 20))
     (view,) = preview.views([0], 32, "split")
-    assert preview.sequences(32, "split") == [-(-view.tokens // 32)]
-    assert preview.sequences(32, "drop") == [0]
-    assert preview.sequences(512, "drop") == [1]
+    assert len(preview.fitted(32, "split").row) == -(-view.tokens // 32)
+    assert len(preview.fitted(32, "drop").row) == 0
+    assert len(preview.fitted(512, "drop").row) == 1

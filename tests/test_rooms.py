@@ -29,17 +29,20 @@ ROOMS = (
     "snapshots",
     "labels",
     "memory",
+    "model_configs",
     "data",
     "engine",
     "evaluate",
     "inspection",
     "overview",
+    "time_plan",
     "resuming",
     "execution",
     "worker",
     "isolation",
     "jobs",
     "services",
+    "plan_cli",
     "cli",
     "ui",
     "app",
@@ -158,12 +161,15 @@ for module in sys.argv[2:]:
 if "qlora_ui.ui.app" in sys.modules:
     from qlora_ui import services
     from qlora_ui.runs import Workspace
-    sys.modules["qlora_ui.ui.app"].build(services.build(Workspace.open(sys.argv[1]), services.WarmUp()))
+    from qlora_ui.ui import planner
+    made = services.build(Workspace.open(sys.argv[1]), services.WarmUp())
+    sys.modules["qlora_ui.ui.app"].build(made)
+    assert "Fits" in planner.look(made, ["lora_r"], False, "T4", "starter", "", 32)[0]
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
 
 
-def test_the_page_is_built_without_importing_torch(home: Path) -> None:
+def test_the_page_is_built_and_memory_planned_without_importing_torch(home: Path) -> None:
     done = subprocess.run([sys.executable, "-c", BUILD_THE_PAGE, str(home), *LIGHT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from qlora_ui.errors import UserError
+from qlora_ui.memory.devices import GIB, Device
 
 if TYPE_CHECKING:
     import torch
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,15 @@ class Hardware:
         if self.kind == "cuda":
             return f"{self.name} · {self.memory_free_gib:.1f} of {self.memory_total_gib:.1f} GB free · {self.compute_dtype}"
         return f"CPU · {self.cores} cores · {self.memory_total_gib:.0f} GB · {self.compute_dtype}"
+
+    def device(self) -> Device:
+        """What the memory planner wants to know of it; the memory is what was free when it was looked at."""
+        return Device(
+            name=self.name if self.kind == "cuda" else "CPU",
+            kind=self.kind,
+            memory_bytes=int(self.memory_free_gib * GIB),
+            compute_dtype=self.compute_dtype,
+        )
 
 
 def detect(wish: str = "auto") -> Hardware:

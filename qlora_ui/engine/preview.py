@@ -118,11 +118,9 @@ class Preview:
         indices: list[int] = order.tolist()
         return indices
 
-    def sequences(self, max_seq_len: int, long_rows: str) -> list[int]:
-        """How many sequences training makes of each conversation: none of one that is left out, several of one that is split."""
-        fitted = lengths.fit(self.tokenized.counts, max_seq_len, long_rows)
-        made: list[int] = np.bincount(fitted.row, minlength=len(self.conversations)).tolist()
-        return made
+    def fitted(self, max_seq_len: int, long_rows: str) -> lengths.Fitted:
+        """The sequences that training makes of the conversations: none of one that is left out, several of one that is split."""
+        return lengths.fit(self.tokenized.counts, max_seq_len, long_rows)
 
     def views(self, indices: Sequence[int], max_seq_len: int, long_rows: str) -> list[RowView]:
         """The rows at these indices, as they would be in one batch."""

@@ -16,20 +16,18 @@ import torch
 from qlora_ui.config import RunConfig
 from qlora_ui.engine import cpu, cpu_adapter
 from qlora_ui.engine.batches import Row, StepCollator, packed
-from qlora_ui.engine.hardware import GIB, Hardware, free_memory_gib, torch_dtype
+from qlora_ui.engine.hardware import Hardware, free_memory_gib, torch_dtype
 from qlora_ui.engine.loss import Loss
 from qlora_ui.engine.tokenized import FittedRows
 from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS
 from qlora_ui.events import Event, Log
+from qlora_ui.memory.activations import CPU_TOKEN_BUDGET
+from qlora_ui.memory.devices import GIB
+from qlora_ui.memory.forecast import activation_room
 
-# Longer packs are slower on a CPU: attention computes what the mask then hides, and that grows with the square.
-CPU_TOKEN_BUDGET = 512
 # A row in a pack must come out this much nearer to itself alone than to itself behind another row. Rounding alone stays below.
 ALIKE = 0.2
 SAMPLE_TOKENS = 64
-# The rest of the free memory is for gradients, for what the allocator cannot reuse, and for other programs.
-USABLE_SHARE = 0.5
-OPTIMIZER_BYTES = 12  # of a trained parameter: its gradient and Adam's two moments, in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +189,7 @@ def choose_checkpointing(
         return True
     needed: float = activation_bytes(model, hardware, loss, row) * tokens / GIB
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    usable = USABLE_SHARE * (free_memory_gib() - trained * OPTIMIZER_BYTES / GIB)
+    usable = activation_room(free_memory_gib() * GIB, trained) / GIB
     on = bool(needed > usable)
     said = "more than" if on else "within"
     emit(

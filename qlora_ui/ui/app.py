@@ -21,6 +21,7 @@ from qlora_ui.ui import (
     form,
     live,
     markup,
+    planner,
     run_bar,
     runs_tab,
     scripting,
@@ -101,6 +102,7 @@ def wire(
     gr.on(
         [*changes, train.isolated.input], partial(train_tab.draft, names), kept, [draft], trigger_mode="always_last", queue=False, **QUIET
     )
+    planner.wire(services, train.memory, names, form_values, [*changes, bar.chip.change, page.load], QUIET)
     wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from qlora_ui import presets
-from qlora_ui.config import KNOBS, RunConfig
-from qlora_ui.data import checks, sources
+from qlora_ui.config import KNOBS
+from qlora_ui.data import sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, live, markup, settings_file
+from qlora_ui.ui import form, live, markup, planner, settings_file
 from qlora_ui.ui.plots import loss_plot
-
-if TYPE_CHECKING:
-    from qlora_ui.engine.preview import Preview
 
 FIRST_PRESET = "starter"
 ISOLATED = "A crash, or the system's killing for want of memory, cannot then take this page down."
@@ -36,6 +33,7 @@ class TrainTab:
 
     preset: gr.Dropdown
     data_line: gr.HTML
+    memory: planner.Planner
     plan: gr.HTML
     names: list[str]
     fields: list[gr.components.Component]
@@ -68,6 +66,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             fields |= form.advanced_fields(first.config)
             file = settings_file.build()
             with gr.Column(elem_id="start-box"):
+                memory = planner.build()
                 plan = gr.HTML(elem_id="train-plan")
                 message = gr.HTML(elem_id="start-message")
                 isolated = gr.Checkbox(label="Train in a process of its own", info=ISOLATED, elem_id="isolated-switch")
@@ -84,6 +83,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
     return TrainTab(
         preset=preset,
         data_line=data_line,
+        memory=memory,
         plan=plan,
         names=list(fields),
         fields=list(fields.values()),
@@ -174,7 +174,7 @@ def describe_plan(services: Services, names: list[str], preset: str, data: str, 
         if seen is None or seen.data is None:
             return markup.note(chosen), "", ""
         chosen += f", {len(seen.data.conversations):,} rows"
-        return markup.note(chosen), markup.note(plan_words(config, seen.data, seen.preview)), ""
+        return markup.note(chosen), planner.time_words(services, config, seen), ""
     except UserError as error:
         return markup.note(chosen), markup.error(str(error)), ""
 
@@ -185,20 +185,3 @@ def draft(names: list[str], isolated: bool, preset: str, data: str, *values: Any
         return {"preset": preset, "values": form.read(preset, data, names, values).values(), "isolated": isolated}
     except UserError:
         return gr.skip()
-
-
-def plan_words(config: RunConfig, rows: checks.DataSet, preview: Preview | None) -> str:
-    """Steps, batch and passes, as the trainer will count them; before the tokens are counted, as if every row were short enough."""
-    held_out = checks.held_out_indices(rows, config.data, config.optimization.seed)
-    made = preview.sequences(config.data.max_seq_len, config.data.long_rows) if preview else [1] * len(rows.conversations)
-    measured = sum(made[index] for index in held_out) or len(rows.held_out)
-    trained = sum(made) - sum(made[index] for index in held_out)
-    if not trained:
-        raise UserError("No row is left to train on within the max length.", field="max_seq_len")
-    steps = config.total_steps(trained)
-    passes = steps * config.effective_batch / trained
-    return (
-        f"{steps:,} steps of {config.effective_batch} rows ({config.optimization.micro_batch_size} × "
-        f"{config.optimization.gradient_accumulation_steps}), {passes:.3g} passes over {trained:,} rows; "
-        f"{measured:,} rows held out."
-    )

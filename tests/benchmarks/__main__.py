@@ -8,7 +8,7 @@ import os
 import platform
 from importlib.metadata import version
 
-NAMES = ("data", "kill", "long-run", "readers", "starter", "startup", "training")
+NAMES = ("data", "kill", "long-run", "memory", "readers", "starter", "startup", "training")
 WITH_OPTIONS = ("kill", "long-run", "readers")
 
 

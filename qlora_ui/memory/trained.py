@@ -1,0 +1,81 @@
+"""What is trained beside the frozen base, and what its optimizer remembers of it. Knows nothing of disk, torch or Gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from qlora_ui.config import AdapterConfig
+from qlora_ui.errors import UserError
+from qlora_ui.memory.shapes import Linear, ModelShape
+
+ATTENTION = ("attn", "attention")
+# Numbers that an optimizer keeps for each trained one. Adafactor is apart: it keeps one a row and one a column.
+STATES = {"adamw": 2, "adam": 2, "lion": 1, "ademamix": 3, "rmsprop": 1, "adagrad": 1, "sgd": 0}
+# bitsandbytes leaves the state of small tensors in 32 bits, and does not page that of tensors which are not large.
+LEAST_IN_8_BITS, BLOCK_8_BITS, LEAST_PAGED = 4096, 256, 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """So many trained tensors that are alike, kept in float32."""
+
+    rows: int
+    columns: int
+    count: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+def adapted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, int]]:
+    """The matrices that get an adapter, and how many of each. Raises UserError when `target_modules` names none of this model."""
+    skipped = adapter.skipped_layers()
+    inner = [(linear, sum(n not in skipped for n in range(stack.layers))) for stack in shape.stacks for linear in stack.linears]
+    linears = [*inner, *((linear, 1) for linear in shape.outer)]
+    if adapter.target_modules == "all-linear":
+        return linears
+    if adapter.target_modules == "attention":
+        return [(linear, n) for linear, n in linears if any(word in linear.path.lower().rpartition(".")[0] for word in ATTENTION)]
+    found = [(linear, n) for linear, n in (*linears, (shape.head, 1), (shape.embedding, 1)) if _named(linear, adapter.target_modules)]
+    if not found:
+        raise UserError(
+            f"target_modules is {adapter.target_modules!r}, which names no matrix of a {shape.kind} model. "
+            f"Its matrices are {', '.join(sorted({linear.path for linear, _ in linears}))}.",
+            field="target_modules",
+        )
+    return found
+
+
+def _named(linear: Linear, names: str) -> bool:
+    return any(name.strip() and f".{linear.path}".endswith(f".{name.strip()}") for name in names.split(","))
+
+
+def trained_tensors(shape: ModelShape, adapter: AdapterConfig) -> list[Trained]:
+    """The adapter's tensors, and whole matrices trained with it. Norms and biases that are trained too are too few to count."""
+    tensors = []
+    for linear, count in adapted(shape, adapter):
+        tensors.append(Trained(rows=adapter.lora_r, columns=linear.in_features, count=count))
+        tensors.append(Trained(rows=linear.out_features, columns=adapter.lora_r, count=count))
+        if adapter.use_dora:
+            tensors.append(Trained(rows=1, columns=linear.out_features, count=count))
+    whole = [linear for linear in (shape.head, shape.embedding) if _named(linear, adapter.modules_to_save)]
+    tensors += [Trained(rows=linear.out_features, columns=linear.in_features, count=1) for linear in whole[: 1 if shape.tied else 2]]
+    return tensors
+
+
+def optimizer_bytes(tensors: Sequence[Trained], optimizer: str) -> tuple[int, int]:
+    """What the optimizer keeps, and the part of it that may be paged out of the GPU."""
+    name = optimizer.removeprefix("paged_").partition("_")[0]
+    if name == "adafactor":
+        return sum(4 * (t.rows + t.columns if min(t.rows, t.columns) > 1 else t.numel) * t.count for t in tensors), 0
+    state = paged = 0
+    for tensor in tensors:
+        small = not optimizer.endswith("8bit") or tensor.numel < LEAST_IN_8_BITS
+        each = 4 * tensor.numel if small else tensor.numel + 4 * ceil(tensor.numel / BLOCK_8_BITS)
+        state += STATES[name] * each * tensor.count
+        if optimizer.startswith("paged") and tensor.numel >= LEAST_PAGED:
+            paged += STATES[name] * tensor.numel * (4 if small else 1) * tensor.count
+    return state, paged
