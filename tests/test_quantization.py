@@ -126,6 +126,7 @@ def test_every_way_of_storing_learns_and_says_its_bits(place: tuple[Workspace, P
     (line,) = [event.text for event in tiny.events_of(run, Log) if event.text.startswith("Base stored as")]
     assert line.startswith(said)
     assert line.endswith("bits per parameter in 14 linear layers")
+    assert not [event.text for event in tiny.events_of(run, Log) if "does not quantize" in event.text]
     before, after = [event.loss for event in tiny.events_of(run, HeldOut)]
     assert after < before - 1
 

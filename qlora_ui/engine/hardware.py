@@ -69,6 +69,13 @@ def torch_dtype(hardware: Hardware) -> torch.dtype:
     return dtype
 
 
+def autocast(hardware: Hardware) -> torch.autocast:
+    """Within this, products of float32 and the compute dtype are made in the compute dtype, as Trainer's steps are."""
+    import torch
+
+    return torch.autocast(hardware.kind, dtype=torch_dtype(hardware), enabled=hardware.compute_dtype != "float32")
+
+
 def memory_gib() -> float:
     """Memory in use: allocated on the GPU, else resident in this process."""
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 
@@ -46,7 +46,7 @@ def left_whole(model: Any) -> dict[str, int]:
     """Names and parameters of the matrices that were not quantized, though they are neither embeddings nor head."""
     left: dict[str, int] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (Linear4bit, nn.Embedding)) or module is model.get_output_embeddings():
+        if isinstance(module, (Linear4bit, Linear8bitLt, nn.Embedding)) or module is model.get_output_embeddings():
             continue
         for name, weight in module.named_parameters(recurse=False):
             if weight.ndim > 1:

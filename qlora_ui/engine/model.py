@@ -269,9 +269,9 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
         raise _unloadable(found, error) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"{found.public_name} lacks {len(missing)} of its weights (the first is {missing[0]}). {COPY_AGAIN}", field="model")
-    if left := left_whole(model):
-        said = f"Not in 4 bits, because transformers does not quantize it: {', '.join(left)} ({sum(left.values()):,} parameters)"
-        emit(Log(text=said, level="warning"))
+    if quantization.quant_bits != "16" and (left := left_whole(model)):
+        what = f"{', '.join(left)} ({sum(left.values()):,} parameters)"
+        emit(Log(text=f"Not in {quantization.quant_bits} bits, because transformers does not quantize it: {what}", level="warning"))
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 bitsandbytes repacks the weights at the first forward in eval mode, for a kernel

@@ -116,7 +116,8 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
 
     trainer = make_trainer(run, config, hardware, model, tokenizer, train_rows, held_out_rows, emit, should_stop)
     train_set, held_out_set = checks.split(data, config.data, config.optimization.seed)
-    for callback in sampler(config.schedule, held_out_set or train_set, tokenizer, emit, should_stop):
+    asked = held_out_set or train_set
+    for callback in sampler(config.schedule, asked, tokenizer, emit, should_stop, trainer.compute_loss_context_manager):
         trainer.add_callback(callback)
     emit(Phase(name="training"))
     if checkpoint and not owes_measurement(checkpoint, config.schedule.eval_steps):
