@@ -22,6 +22,7 @@ from qlora_ui.engine.adapter import load_adapter
 from qlora_ui.engine.chat import ChatModel, Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, load_quantized, make_room
+from qlora_ui.engine.shape import token_layers
 from qlora_ui.engine.train import train
 from qlora_ui.errors import UserError
 from qlora_ui.events import Failed, HeldOut, Log, Sample
@@ -238,5 +239,5 @@ def test_a_head_with_a_bias_is_refused_because_its_rows_cannot_be_trained_alone(
     base = load_quantized(found, QuantizationConfig(), detect("float32"), lambda event: None, lambda: False)
     base.lm_head.bias = torch.nn.Parameter(torch.zeros(base.lm_head.out_features))
     with pytest.raises(UserError, match="head has a bias or is quantized") as refused:
-        make_room(base, base.lm_head.out_features + 1, [base.lm_head.out_features])
+        token_layers(base, [5])
     assert refused.value.field == "new_tokens"

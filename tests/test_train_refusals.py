@@ -16,7 +16,7 @@ from training import built, logged, never, silent, trained
 from qlora_ui.data import checks, sources
 from qlora_ui.engine import tokens
 from qlora_ui.engine.train import encode, read_rows
-from qlora_ui.events import Failed, HeldOut, Log, Planned
+from qlora_ui.events import Failed, HeldOut, Log, Phase, Planned
 from qlora_ui.runs import Run, Workspace
 
 
@@ -147,8 +147,12 @@ def test_a_model_that_is_nowhere_is_one_sentence_with_its_name(workspace: Worksp
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"target_modules": "nowhere"}, "target_modules is 'nowhere': "),
-        ({"target_modules": ","}, "target_modules is ',': "),
+        ({"target_modules": "q_proj, nowhere"}, "target_modules has 'nowhere', but this model has no such module. Its own are down_proj, "),
+        (
+            {"target_modules": "self_attn"},
+            "target_modules has 'self_attn', a LlamaAttention, which takes no adapter. Name the layers",
+        ),
+        ({"target_modules": ","}, "target_modules is ',': give all-linear, attention, or names from down_proj, "),
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16', but there is no GPU here: use auto, float32 or bfloat16."),
     ],
 )
@@ -157,4 +161,6 @@ def test_a_setting_that_this_model_or_machine_cannot_serve_is_one_sentence(
 ) -> None:
     if "compute_dtype" in values and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert failure(trained(*place, **values)).startswith(said)
+    run = trained(*place, **values)
+    assert failure(run).startswith(said)
+    assert "quantizing" not in [event.name for event in tiny.events_of(run, Phase)]  # the weights were not loaded yet

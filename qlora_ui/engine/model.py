@@ -200,14 +200,15 @@ def _unloadable(found: Found, error: Exception, what: str = "") -> UserError:
     return UserError(said, field="model")
 
 
-def load_tokenizer(found: Found) -> Any:
-    """The model's tokenizer, with a pad token (its end token when it has none: padding is masked, so it is never learned).
+def load_tokenizer(found: Found, vocabulary: Path | None = None) -> Any:
+    """The model's tokenizer, or that in the folder `vocabulary`, with a pad token: its end token when it has none, since padding
+    is masked and so never learned.
 
     It knows whether it serves an encoder-decoder, whose rows are written in another way. Raises UserError when the folder
     has none that can be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=found.trusted)
+        tokenizer = AutoTokenizer.from_pretrained(vocabulary or found.folder, trust_remote_code=found.trusted)
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
     except Exception as error:
         raise _unloadable(found, error, "The tokenizer of ") from error
@@ -350,17 +351,14 @@ def _watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
 def make_room(base: Any, tokens: int, new: Sequence[int] = ()) -> list[int]:
     """Give the model a row for each of so many tokens. Those of `new` ones, and all rows added, become the mean of the others.
 
-    Returns the ids whose rows have to be trained. Raises UserError for a model whose head cannot be trained row by row.
+    Returns the ids whose rows have to be trained.
     """
     rows = base.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         base.resize_token_embeddings(tokens, mean_resizing=False)
         base.requires_grad_(False)
     learned = sorted({*new, *range(rows, tokens)})
-    head = base.get_output_embeddings()
-    if new and head is not None and not (type(head) is torch.nn.Linear and head.bias is None):
-        raise UserError("This model's head has a bias or is quantized, so new_tokens cannot be trained in it.", field="new_tokens")
-    for layer in (base.get_input_embeddings(), head):
+    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
         if learned and layer is not None:
             known = torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device)
             known[learned] = False

@@ -15,9 +15,9 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_ui import checkpoints
 from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
-from qlora_ui.engine import result, seq2seq, tokens
-from qlora_ui.engine.adapter import add_adapter, continue_adapter, find_adapter, load_weights
-from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, is_out_of_memory, memory_gib
+from qlora_ui.engine import result, seq2seq, shape, tokens
+from qlora_ui.engine.adapter import add_adapter, check_start, continue_adapter, find_adapter, load_weights
+from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, is_out_of_memory, memory_gib, torch_dtype
 from qlora_ui.engine.model import describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
 from qlora_ui.engine.samples import sampler
 from qlora_ui.engine.step_plan import plan_steps
@@ -74,7 +74,9 @@ def train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None
 def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None) -> None:
     """All phases in order. What it made is garbage when it returns."""
     config = run.config()
+    hardware = detect(config.quantization.compute_dtype)
     start = find_adapter(config.adapter.init_adapter, run.workspace) if config.adapter.init_adapter else None
+    vocabulary = start if start and check_start(start, config) else None
     data = read_rows(run, config, emit, should_stop)
 
     emit(Phase(name="fetching", detail=config.model.model))
@@ -86,12 +88,12 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     run.note(model_origin=found.origin, model_commit=found.commit, model_name=found.public_name)
 
     emit(Phase(name="loading"))
-    hardware = detect(config.quantization.compute_dtype)
     emit(Log(text=f"Device: {hardware.chip()}"))
     emit(Log(text=f"Compute dtype {hardware.compute_dtype}: {hardware.reason}"))
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(found, vocabulary)
     new = tokens.add_new(tokenizer, config.data.new_tokens)
     tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
+    shape.check(found, torch_dtype(hardware), config.adapter, len(tokenizer), new)
 
     emit(Phase(name="tokenizing"))
     train_rows, held_out_rows = encode(run, tokenizer, data, emit, should_stop)
@@ -110,6 +112,7 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     else:
         model = add_adapter(base, config.adapter, config.optimization.seed, learned)
     model.peft_config["default"].base_model_name_or_path = found.public_name  # in every checkpoint, not where it lies here
+    model.peft_config["default"].revision = found.commit or None
     report_size(model, emit)
     if should_stop():
         raise Cancelled
