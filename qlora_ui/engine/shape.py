@@ -86,7 +86,8 @@ def token_layers(base: Any, learned: Sequence[int]) -> dict[str, list[int]] | No
     if not learned:
         return None
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is not None and not (type(head) is torch.nn.Linear and head.bias is None):
+    plain = head is None or (type(head) is torch.nn.Linear and "bias" not in dict(head.named_parameters()))
+    if not plain:
         raise UserError("This model's head has a bias or is quantized, so new_tokens cannot be trained in it.", field="new_tokens")
     layers = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
     return {name: list(learned) for name, module in base.named_modules() if any(module is layer for layer in layers)}
@@ -150,7 +151,7 @@ def modules_to_save(base: Any, wish: str) -> list[str] | None:
     Raises UserError for a name that is not there, or whose module is stored in too few bits to be trained.
     """
     names = {module: path for path, module in base.named_modules()}
-    head, embedding = names.get(base.get_output_embeddings()), names[base.get_input_embeddings()]
+    head, embedding = names.get(base.get_output_embeddings(), ""), names[base.get_input_embeddings()]
     paths: list[str] = []
     for name in split(wish):
         found = {path: module for path, module in base.named_modules() if _ends(path, name) and any(True for _ in module.parameters())}
