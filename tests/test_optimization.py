@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qlora_ui import jobs
 from qlora_ui.config import OPTIMIZERS, RunConfig
 from qlora_ui.engine.train import train
-from qlora_ui.events import HeldOut, Step
+from qlora_ui.events import HeldOut, Log, Step
 from qlora_ui.runs import Run, Workspace
 
 
@@ -151,6 +151,12 @@ def test_the_learning_rate_warms_up_and_then_follows_its_schedule(
     place: tuple[Workspace, Path], values: dict[str, Any], expected: list[float]
 ) -> None:
     assert rates(place, **values) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("values", "told"), [({"warmup_steps": 2}, True), ({"warmup_steps": 1}, False)])
+def test_a_training_that_is_all_warm_up_is_told(place: tuple[Workspace, Path], values: dict[str, Any], told: bool) -> None:
+    said = [event.text for event in tiny.events_of(trained(place, max_steps=2, held_out_share=0, **values), Log)]
+    assert any(line.startswith("The warm-up takes all of the 2 steps, so that the learning rate never is 0.01") for line in said) == told
 
 
 # Noise and order --------------------------------------------------------------------------------------------------------

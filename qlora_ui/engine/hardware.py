@@ -48,7 +48,10 @@ def detect(wish: str = "auto") -> Hardware:
     if wish == "float16" and not cuda:
         raise UserError("compute_dtype is 'float16', but there is no GPU here: use auto, float32 or bfloat16.", field="compute_dtype")
     if wish != "auto":
-        dtype, reason = wish, "chosen in the form"
+        emulated = (
+            f", though {torch.cuda.get_device_name()} has no bfloat16 units" if cuda and (wish, dtype) == ("bfloat16", "float16") else ""
+        )
+        dtype, reason = wish, f"chosen in the form{emulated}"
     free, total = torch.cuda.mem_get_info() if cuda else (psutil.virtual_memory().available, psutil.virtual_memory().total)
     return Hardware(
         kind="cuda" if cuda else "cpu",

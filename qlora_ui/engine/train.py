@@ -188,7 +188,7 @@ def read_rows(run: Run, config: RunConfig, emit: Emit, should_stop: ShouldStop) 
 def encode(run: Run, tokenizer: Any, data: checks.DataSet, emit: Emit, should_stop: ShouldStop) -> tuple[FittedRows, FittedRows]:
     """The rows to train on and the held-out rows as tokens; says what was cut, dropped or split, and what is left out."""
     config = run.config()
-    seq2seq.check(tokenizer, config.data)
+    seq2seq.check(tokenizer, config.data, config.optimization.neftune_noise_alpha)
     if tokens.is_encoder_decoder(tokenizer):
         emit(Log(text="Encoder-decoder model: the encoder reads a row up to its last answer, and that answer is trained"))
 
@@ -355,6 +355,10 @@ class Reporter(TrainerCallback):
                 trained_tokens=self.train_rows.trained_tokens,
             )
         )
+        warm_up = args.get_warmup_steps(state.max_steps)
+        if warm_up >= state.max_steps:
+            what = f"The warm-up takes all of the {state.max_steps} steps, so that the learning rate never is {args.learning_rate:g}"
+            self.emit(Log(text=f"{what}. Train longer, or lower warmup_ratio or warmup_steps", level="warning"))
         self._end_here()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
