@@ -462,6 +462,8 @@ class RunConfig:
             raise UserError(
                 f"This run's config has version {written.get('version')!r}; this app reads version {VERSION}. Use the app that wrote it."
             )
+        if damaged := [part for part in PARTS if not isinstance(written.get(part, {}), Mapping)]:
+            raise UserError(f"This run's config is damaged: {damaged[0]} holds no settings. Start the run anew.")
         flat = {name: value for part, knobs in written.items() if part in PARTS for name, value in knobs.items()}
         if unknown := sorted(set(flat) - set(KNOBS)):
             raise UserError(f"This run's config has settings that this app does not know: {', '.join(unknown)}. Use the app that wrote it.")

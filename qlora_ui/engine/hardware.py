@@ -48,10 +48,9 @@ def detect(wish: str = "auto") -> Hardware:
     if wish == "float16" and not cuda:
         raise UserError("compute_dtype is 'float16', but there is no GPU here: use auto, float32 or bfloat16.", field="compute_dtype")
     if wish != "auto":
-        emulated = (
-            f", though {torch.cuda.get_device_name()} has no bfloat16 units" if cuda and (wish, dtype) == ("bfloat16", "float16") else ""
-        )
-        dtype, reason = wish, f"chosen in the form{emulated}"
+        emulated = cuda and (wish, dtype) == ("bfloat16", "float16")
+        reason = "chosen in the form" + (f", though {torch.cuda.get_device_name()} has no bfloat16 units" if emulated else "")
+        dtype = wish
     free, total = torch.cuda.mem_get_info() if cuda else (psutil.virtual_memory().available, psutil.virtual_memory().total)
     return Hardware(
         kind="cuda" if cuda else "cpu",
