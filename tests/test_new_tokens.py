@@ -176,6 +176,21 @@ def test_plain_peft_in_a_fresh_process_computes_the_same(both: dict[bool, Traine
         assert torch.equal(torch.tensor(told["logits"]), logits)
 
 
+def test_the_lines_of_python_on_the_card_compute_the_same(finished: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (finished.run.adapter / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    base = str(finished.run.workspace.models / tiny.NAME)
+    monkeypatch.chdir(finished.run.adapter)
+    made: dict[str, Any] = {}
+    exec(lines.replace(repr(tiny.NAME), repr(base)), made)
+    chat = ChatModel(finished.run, lambda event: None, lambda: False)
+    ids = chat.tokenizer("<|think|>The answer is<|end|>", return_tensors="pt")["input_ids"]
+    assert made["tokenizer"]("<|think|>The answer is<|end|>", return_tensors="pt")["input_ids"].equal(ids)
+    for module in made["model"].modules():
+        module.support_avx512bf16_for_cpu = False  # a kernel that rounds otherwise, on those CPUs that have it
+    with torch.no_grad():
+        assert torch.allclose(made["model"].eval()(ids).logits, chat.model(ids).logits, atol=1e-4)
+
+
 def test_the_chat_stops_at_the_new_end_token_and_answers_from_both_sides(finished: Trained) -> None:
     chat = ChatModel(finished.run, lambda event: None, lambda: False)
     assert chat.end_ids == [finished.old + 2]

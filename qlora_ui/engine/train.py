@@ -85,7 +85,7 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     if found.trusted:
         emit(Log(text=f"The code that comes with {found.public_name} may run: trust_remote_code is on", level="warning"))
     emit(Log(text=f"{found.public_name}: {found.origin}{f', commit {found.commit[:12]}' if found.commit else ''}"))
-    run.note(model_origin=found.origin, model_commit=found.commit, model_name=found.public_name)
+    run.note(model_origin=found.origin, model_commit=found.commit, model_name=found.public_name, compute_dtype=hardware.compute_dtype)
 
     emit(Phase(name="loading"))
     emit(Log(text=f"Device: {hardware.chip()}"))
