@@ -246,7 +246,7 @@ class DataConfig(Part, section="data"):
             raise UserError("prompt_format is custom, but there is no chat_template. Write one, or choose another.", field="chat_template")
 
 
-# Those of Trainer that need no further package or argument; each is tried in the tests.
+# All of Trainer's that need no further package or argument; each is tried in the tests.
 OPTIMIZERS = (
     "paged_adamw_32bit",
     "paged_adamw_8bit",
@@ -259,8 +259,13 @@ OPTIMIZERS = (
     "paged_lion_32bit",
     "paged_lion_8bit",
     "ademamix",
+    "ademamix_8bit",
     "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
     "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
     "adagrad",
     "sgd",
 )
