@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from qlora_ui import jobs
 from qlora_ui.config import OPTIMIZERS, RunConfig
-from qlora_ui.engine.train import train
+from qlora_ui.engine.hardware import detect
+from qlora_ui.engine.train import train, training_arguments
 from qlora_ui.events import HeldOut, Log, Step
 from qlora_ui.runs import Run, Workspace
 
@@ -66,9 +67,21 @@ def test_the_default_is_the_papers_paged_adamw() -> None:
     assert RunConfig().optimization.optimizer == OPTIMIZERS[0] == "paged_adamw_32bit"
 
 
+@pytest.fixture(scope="module")
+def untrained(place: tuple[Workspace, Path]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A trainer, and the weights that its adapter starts with."""
+    trainer = trainer_of(place, micro_batch_size=4, packing="off")
+    return trainer, {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_that_is_offered_lowers_the_loss(place: tuple[Workspace, Path], optimizer: str) -> None:
-    trainer = trainer_of(place, optimizer=optimizer, max_steps=4, warmup_ratio=0, save_steps=100, micro_batch_size=4, packing="off")
+def test_every_optimizer_that_is_offered_lowers_the_loss(
+    place: tuple[Workspace, Path], untrained: tuple[Any, dict[str, torch.Tensor]], optimizer: str
+) -> None:
+    trainer, start = untrained
+    run = tiny.tiny_run(*place, optimizer=optimizer)
+    trainer.model.load_state_dict(start, strict=False)
+    trainer.args, trainer.optimizer = training_arguments(run, run.config(), detect("float32"), has_held_out=False), None
     (batch,) = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])["micro_batches"]
     batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     trainer.create_optimizer()
@@ -125,8 +138,10 @@ def test_lora_plus_trains_a_whole_run_and_the_shown_rate_is_the_a_sides(place: t
 # Schedules --------------------------------------------------------------------------------------------------------------
 
 
-def rates(place: tuple[Workspace, Path], **values: Any) -> list[float]:
-    trainer = trainer_of(place, max_steps=10, learning_rate=1.0, optimizer="sgd", max_grad_norm=1, **values)
+def rates(place: tuple[Workspace, Path], trainer: Any, **values: Any) -> list[float]:
+    run = tiny.tiny_run(*place, learning_rate=1.0, optimizer="sgd", **values)
+    trainer.args, trainer.optimizer = training_arguments(run, run.config(), detect("float32"), has_held_out=False), None
+    trainer.lr_scheduler = None
     trainer.create_optimizer_and_scheduler(10)
     shown = []
     for _ in range(10):
@@ -148,9 +163,9 @@ def rates(place: tuple[Workspace, Path], **values: Any) -> list[float]:
     ],
 )
 def test_the_learning_rate_warms_up_and_then_follows_its_schedule(
-    place: tuple[Workspace, Path], values: dict[str, Any], expected: list[float]
+    place: tuple[Workspace, Path], untrained: tuple[Any, dict[str, torch.Tensor]], values: dict[str, Any], expected: list[float]
 ) -> None:
-    assert rates(place, **values) == pytest.approx(expected)
+    assert rates(place, untrained[0], **values) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("values", "told"), [({"warmup_steps": 2}, True), ({"warmup_steps": 1}, False)])
