@@ -50,6 +50,16 @@ def test_rows_without_a_token_to_train_on_are_one_sentence(place: tuple[Workspac
     assert said.startswith("None of the 5 rows has a token to train on within max_seq_len 16. Raise max_seq_len")
 
 
+def test_rows_longer_than_the_model_reads_are_one_sentence(place: tuple[Workspace, Path], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json", [(f"Q{number}", "A" * 200 * number) for number in range(1, 5)])
+    run = trained(place[0], data, held_out_share=0, max_seq_len=4096, max_steps=1)
+    said = failure(run)
+    assert said.startswith("The longest row has 8")
+    assert said.endswith("tiny reads 512 at most. Set max_seq_len to 512.")
+    assert "quantizing" not in [event.name for event in tiny.events_of(run, Phase)]
+    assert trained(place[0], data, held_out_share=0, max_seq_len=512, max_steps=1).state() == "finished"
+
+
 def test_held_out_rows_without_a_token_to_measure_are_told_and_the_run_goes_on(place: tuple[Workspace, Path], tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.json", [("Q" * 500, "A"), *((f"Q{number}", "A" * number) for number in range(1, 9))])
     config = tiny.tiny_config(data, held_out_share=0.1).data

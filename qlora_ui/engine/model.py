@@ -235,6 +235,18 @@ def quantization_config(quantization: QuantizationConfig, dtype: torch.dtype) ->
     )
 
 
+def check_positions(found: Found, longest: int) -> None:
+    """Raise UserError when rows of that many tokens are longer than a causal model has positions for: some break off there, and
+    the others have never seen such places."""
+    config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit and not config.is_encoder_decoder:  # the two halves of which count apart
+        raise UserError(
+            f"The longest row has {longest:,} tokens, but {found.public_name} reads {limit:,} at most. Set max_seq_len to {limit}.",
+            field="max_seq_len",
+        )
+
+
 def generation_ends(found: Found) -> list[int]:
     """The tokens at which other tools end this model's answers; none when the model's folder does not say."""
     try:

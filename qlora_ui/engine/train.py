@@ -18,7 +18,7 @@ from qlora_ui.data import checks
 from qlora_ui.engine import result, seq2seq, shape, tokens
 from qlora_ui.engine.adapter import add_adapter, check_start, continue_adapter, find_adapter, load_weights
 from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, is_out_of_memory, memory_gib, torch_dtype
-from qlora_ui.engine.model import describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
+from qlora_ui.engine.model import check_positions, describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
 from qlora_ui.engine.samples import sampler
 from qlora_ui.engine.step_plan import plan_steps
 from qlora_ui.engine.step_trainer import StepTrainer
@@ -97,6 +97,7 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
 
     emit(Phase(name="tokenizing"))
     train_rows, held_out_rows = encode(run, tokenizer, data, emit, should_stop)
+    check_positions(found, max(int(rows.fitted.lengths.max(initial=0)) for rows in (train_rows, held_out_rows)))
     for trouble in troubles(tokenizer, data.conversations, config.data.train_on, generation_ends(found)):
         emit(Log(text=trouble, level="warning"))
     emit(Log(text=padding(tokenizer)))
