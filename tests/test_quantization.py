@@ -14,7 +14,8 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from qlora_ui import jobs
 from qlora_ui.config import RunConfig
 from qlora_ui.engine.hardware import detect
-from qlora_ui.engine.model import Found, describe_storage, load_quantized, measure_storage
+from qlora_ui.engine.layers import describe_storage, measure_storage
+from qlora_ui.engine.model import Found, load_quantized
 from qlora_ui.engine.train import train
 from qlora_ui.events import HeldOut, Log
 from qlora_ui.runs import Run, Workspace

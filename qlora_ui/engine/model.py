@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
@@ -302,51 +302,6 @@ def device_map(found: Found, hardware: Hardware) -> dict[str, str] | str:
     needed = sum(file.stat().st_size for file in found.folder.glob("*.safetensors")) / 3
     free, _ = torch.cuda.mem_get_info(0)
     return "balanced" if torch.cuda.device_count() > 1 and needed > 0.8 * free else {"": "cuda:0"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Storage:
-    """What the base's linear layers take: their number, parameters as the model counts them, and bytes as they are stored."""
-
-    layers: int
-    parameters: int
-    bytes: int
-
-    @property
-    def bits_per_parameter(self) -> float:
-        return 8 * self.bytes / self.parameters
-
-
-def measure_storage(base: Any) -> Storage:
-    """Counted in the tensors that are there: weights, their quantization constants, and the constants of those.
-
-    Of the quantized layers, or of all linear ones when none is. Not counted: biases, the code books that are the same for
-    every layer, and the output head, which is never quantized.
-    """
-    head = base.get_output_embeddings()
-    linear = [module for module in base.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    layers = [module for module in linear if isinstance(module, (Linear4bit, Linear8bitLt))] or linear
-    tensors: list[torch.Tensor] = [module.weight for module in layers]
-    parameters = 0
-    for module in layers:
-        parameters += module.in_features * module.out_features
-        if isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            tensors += [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
-        elif isinstance(module, Linear8bitLt):
-            tensors.append(module.weight.SCB if module.weight.SCB is not None else module.state.SCB)  # the first forward moves it
-    return Storage(layers=len(layers), parameters=parameters, bytes=sum(tensor.nbytes for tensor in tensors))
-
-
-def describe_storage(base: Any, quantization: QuantizationConfig) -> str:
-    """One line: how the base is stored, and the measured bits per parameter."""
-    storage = measure_storage(base)
-    name = {"8": "LLM.int8", "16": f"unquantized {str(base.dtype).removeprefix('torch.')}"}.get(quantization.quant_bits)
-    if name is None:
-        double = "with" if quantization.double_quant else "without"
-        packed = "" if quantization.quant_storage == "uint8" else f" packed in {quantization.quant_storage}"
-        name = f"{quantization.quant_type.upper()} {double} double quantization{packed}"
-    return f"Base stored as {name}: {storage.bits_per_parameter:.3f} bits per parameter in {storage.layers} linear layers"
 
 
 @contextlib.contextmanager
