@@ -247,7 +247,7 @@ class DataConfig(Part, section="data"):
             raise UserError("prompt_format is custom, but there is no chat_template. Write one, or choose another.", field="chat_template")
 
 
-# Those of Trainer that need no further package or argument; each is tried in the tests.
+# All of Trainer's that need no further package or argument; each is tried in the tests.
 OPTIMIZERS = (
     "paged_adamw_32bit",
     "paged_adamw_8bit",
@@ -260,8 +260,13 @@ OPTIMIZERS = (
     "paged_lion_32bit",
     "paged_lion_8bit",
     "ademamix",
+    "ademamix_8bit",
     "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
     "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
     "adagrad",
     "sgd",
 )
@@ -463,6 +468,8 @@ class RunConfig:
             raise UserError(
                 f"This run's config has version {written.get('version')!r}; this app reads version {VERSION}. Use the app that wrote it."
             )
+        if damaged := [part for part in PARTS if not isinstance(written.get(part, {}), Mapping)]:
+            raise UserError(f"This run's config is damaged: {damaged[0]} holds no settings. Start the run anew.")
         flat = {name: value for part, knobs in written.items() if part in PARTS for name, value in knobs.items()}
         if unknown := sorted(set(flat) - set(KNOBS)):
             raise UserError(f"This run's config has settings that this app does not know: {', '.join(unknown)}. Use the app that wrote it.")

@@ -50,9 +50,9 @@ def plan(config: RunConfig, workspace: Workspace, gpu: str | None, as_json: bool
 
 def this_machine(config: RunConfig) -> Device:
     """What would train here, with the memory that is free now."""
-    from qlora_ui.engine.hardware import detect
+    from qlora_ui.engine import hardware
 
-    return detect(config.quantization.compute_dtype).device()
+    return hardware.detect(config.quantization.compute_dtype).device()
 
 
 def report(config: RunConfig, shape: ModelShape, device: Device, planned: Forecast, said: str) -> dict[str, object]:

@@ -83,7 +83,7 @@ def less_memory(config: RunConfig) -> dict[str, Any]:
 
 def memory_advice(run: Run, config: RunConfig, *, loading: bool) -> str:
     """What the memory planner advises for this device as it is now; for a model that it does not know, what always helps."""
-    from qlora_ui.engine.hardware import detect
+    from qlora_ui.engine import hardware
 
     try:
         shape = find_shape(config.model.model, config.model.revision, run.workspace.models)
@@ -92,7 +92,7 @@ def memory_advice(run: Run, config: RunConfig, *, loading: bool) -> str:
             f"Lower max_seq_len (it is {config.data.max_seq_len}) or lora_r ({config.adapter.lora_r}), choose a smaller model, or close "
             f"what else uses the memory. {unknown}"
         )
-    return advice_after_lack(shape, config, detect(config.quantization.compute_dtype).device(), loading=loading)
+    return advice_after_lack(shape, config, hardware.detect(config.quantization.compute_dtype).device(), loading=loading)
 
 
 def slower(run: Run, error: Diverged) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -50,6 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:Paged optimizers are not supported on CPU",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage three times, each time over all that torch and transformers consist of: most of a tiny
+    run's seconds. What is there once the tests are imported stays to the end, and need not be looked at again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

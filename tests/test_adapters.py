@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -19,13 +20,14 @@ from qlora_ui import jobs
 from qlora_ui.config import RunConfig
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
-from qlora_ui.engine.adapter import add_adapter, continue_adapter, find_adapter, layers_pattern, load_adapter
+from qlora_ui.engine.adapter import add_adapter, check_start, continue_adapter, find_adapter, load_adapter
 from qlora_ui.engine.chat import ChatModel, Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import Found, load_quantized
+from qlora_ui.engine.shape import layers_pattern
 from qlora_ui.engine.train import train
 from qlora_ui.errors import UserError
-from qlora_ui.events import Event, Failed, HeldOut, Log, Step
+from qlora_ui.events import Event, Failed, HeldOut, Log, Phase, Step
 from qlora_ui.runs import Run, Workspace
 
 IDS = torch.tensor([[10, 20, 30, 40, 50, 60]])
@@ -143,22 +145,31 @@ def test_dora_starts_as_the_base_and_learns_a_magnitude(place: tuple[Workspace, 
     assert len([name for name in weights if "magnitude" in name]) == len(layers(model))
 
 
+@pytest.fixture(scope="module")
+def t5(place: tuple[Workspace, Path]) -> str:
+    return architectures.build(place[0].models / "t5", "t5").name
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"layers_to_skip": "1, 2"}, "layers_to_skip has 2, but this model's layers are 0 to 1."),
-        ({"layers_to_skip": "0-1"}, "target_modules is 'all-linear': "),
-        ({"target_modules": "q_proj, nope"}, "target_modules has 'nope', but this model has no such module. It has down_proj, gate_proj, "),
-        ({"target_modules": ""}, "target_modules has '', but this model has no such module."),
-        ({"modules_to_save": "head"}, "modules_to_save has 'head', but this model has no such module."),
+        ({"layers_to_skip": "0-1"}, "No layer is left for an adapter: target_modules is 'all-linear', layers_to_skip '0-1', "),
+        ({"quant_bits": 16, "modules_to_save": "model"}, "No layer is left for an adapter: "),
+        ({"modules_to_save": "head"}, "modules_to_save has 'head', but this model has no such module with weights."),
+        ({"modules_to_save": "act_fn"}, "modules_to_save has 'act_fn', but this model has no such module with weights."),
+        ({"model": "t5", "modules_to_save": "lm_head"}, "modules_to_save has 'lm_head', but this model's head and embeddings are one"),
         ({"modules_to_save": "norm, down_proj"}, "modules_to_save has 'down_proj', which is quantized and cannot be trained as a whole."),
-        ({"modules_to_save": "layers"}, "modules_to_save has 'layers', which is quantized"),
+        ({"modules_to_save": "mlp"}, "modules_to_save has 'mlp', which is quantized"),
         ({"lora_bias": "all"}, "lora_bias is 'all', but this model has no biases. Set it to none."),
         ({"init_adapter": "nothing"}, "init_adapter is 'nothing': no run with an adapter has this id"),
     ],
 )
-def test_what_this_model_cannot_have_is_one_sentence(place: tuple[Workspace, Path], values: dict[str, Any], said: str) -> None:
-    assert failure(trained(place, **values)).startswith(said)
+def test_what_this_model_cannot_have_is_one_sentence(place: tuple[Workspace, Path], t5: str, values: dict[str, Any], said: str) -> None:
+    run = trained(place, **values)
+    assert failure(run).startswith(said)
+    loaded = "quantizing" in [event.name for event in tiny.events_of(run, Phase)]
+    assert loaded == ("is quantized" in said)  # which is seen on the weights only
 
 
 # What else is trained ---------------------------------------------------------------------------------------------------
@@ -169,19 +180,21 @@ def untied(place: tuple[Workspace, Path]) -> str:
     return tiny.tiny_model(place[0].models / "untied", tied=False).name
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-def test_modules_trained_fully_learn_in_float32_and_come_back(place: tuple[Workspace, Path], untied: str, compute_dtype: str) -> None:
-    values = {"model": untied, "compute_dtype": compute_dtype, "modules_to_save": "lm_head, norm"}
+@pytest.mark.parametrize(("compute_dtype", "names"), [("float32", ("lm_head", "norm")), ("bfloat16", ("lm_head",))])
+def test_modules_trained_fully_learn_in_float32_and_come_back(
+    place: tuple[Workspace, Path], untied: str, compute_dtype: str, names: tuple[str, ...]
+) -> None:
+    values = {"model": untied, "compute_dtype": compute_dtype, "modules_to_save": ", ".join(names), "sample_every": 2}
     model = adapted(place, **values)
     whole = {name for name in learners(model) if "modules_to_save" in name}
-    assert {name.split(".")[-4] for name in whole} == {"lm_head", "norm"}
+    assert {name.split(".")[-4] for name in whole} == set(names)
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
 
     run = trained(place, **values)
     assert run.state() == "finished", tiny.events_of(run)[-1]
     saved = load_file(run.adapter / "adapter_model.safetensors")
     given = load_file(place[0].models / untied / "model.safetensors")
-    for name in ("lm_head.weight", "model.norm.weight"):
+    for name in ("lm_head.weight", "model.norm.weight")[: len(names)]:
         assert (saved[f"base_model.model.{name}"].float() - given[name].float()).abs().max() > 1e-3
     assert not [name for name in saved if "layernorm" in name]
     base = base_of(place, **values)
@@ -331,6 +344,25 @@ def test_an_adapter_that_cannot_be_gone_on_with_is_one_sentence(
     assert str(caught.value).startswith("init_adapter is 'mine'")
     assert caught.value.field == "init_adapter"
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_with_new_tokens_goes_on_with_its_own_vocabulary(place: tuple[Workspace, Path]) -> None:
+    first = trained(place, new_tokens="<|x|>, eos=<|end|>", prompt_format="guanaco", max_steps=2, warmup_ratio=0)
+    run = trained(place, init_adapter=first.id, prompt_format="guanaco", max_steps=1)
+    assert tiny.events_of(run, HeldOut)[0].loss == pytest.approx(tiny.events_of(first, HeldOut)[-1].loss, abs=1e-5)
+    (rows,) = (weight for name, weight in load_file(run.adapter / "adapter_model.safetensors").items() if "token" in name)
+    assert len(rows) == 2
+    (first.adapter / "tokenizer.json").unlink()
+    said = f"init_adapter is '{first.id}', which has new tokens, but its folder has no tokenizer.json that names them."
+    assert failure(trained(place, init_adapter=first.id, max_steps=1)).startswith(said)
+
+
+def test_a_dora_adapter_does_not_go_on_in_eight_bits(first: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(first.adapter, tmp_path / "mine")
+    change(folder, use_dora=True)
+    with pytest.raises(UserError, match="init_adapter is 'mine', which is DoRA, but quant_bits is 8"):
+        check_start(folder, config_of(init_adapter="mine", quant_bits=8))
+    assert not check_start(folder, config_of(init_adapter="mine"))
 
 
 # Answering with it ------------------------------------------------------------------------------------------------------

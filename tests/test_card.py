@@ -28,8 +28,8 @@ EVENTS = [
 HUB = {"model_name": "o/base", "model_origin": "the Hugging Face Hub", "model_commit": "c0ffee", "versions": {"peft": "0.21"}}
 
 
-def made(facts: dict[str, Any] = HUB, two_sided: bool = False, **values: Any) -> str:
-    return card.text(facts, RunConfig().with_values({"model": "o/base", "data": "o/set", **values}), EVENTS, two_sided)
+def made(facts: dict[str, Any] = HUB, task: str = "CAUSAL_LM", **values: Any) -> str:
+    return card.text(facts, RunConfig().with_values({"model": "o/base", "data": "o/set", **values}), EVENTS, {"task_type": task})
 
 
 def front(text: str) -> dict[str, Any]:
@@ -65,26 +65,27 @@ def test_a_licence_that_nobody_knows_is_said_to_be_unknown() -> None:
     assert "datasets" not in front(made(data="bundled:guanaco-starter"))
 
 
-@pytest.mark.parametrize("two_sided", [False, True])
-def test_its_lines_of_python_name_the_class_that_loads_the_base(two_sided: bool) -> None:
-    lines = code(made(two_sided=two_sided, quant_type="fp4"))
+@pytest.mark.parametrize(("task", "kind"), [("CAUSAL_LM", "AutoModelForCausalLM"), ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM")])
+def test_its_lines_of_python_name_the_class_that_loads_the_base(task: str, kind: str) -> None:
+    lines = code(made({**HUB, "compute_dtype": "bfloat16"}, task, quant_type="fp4"))
     ast.parse(lines)
-    kind = "AutoModelForSeq2SeqLM" if two_sided else "AutoModelForCausalLM"
-    assert f"{kind}.from_pretrained('o/base', revision='c0ffee', quantization_config=bits)" in lines
-    assert "bnb_4bit_quant_type='fp4'" in lines
+    assert f"{kind}.from_pretrained('o/base', revision='c0ffee', quantization_config=bits, dtype=torch.bfloat16)" in lines
+    assert "load_in_4bit=True, bnb_4bit_quant_type='fp4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16" in lines
 
 
-def test_it_says_how_the_base_was_stored_and_loads_it_so() -> None:
-    for bits, said, line in [
-        ("4", "in NF4 (QLoRA)", "load_in_4bit=True"),
-        ("8", "in 8 bits", "(load_in_8bit=True)"),
-        ("16", "unquantized", ""),
-    ]:
-        text = made(quant_bits=bits)
-        assert f"The base is frozen {said}, " in text
-        assert line in code(text)
-        assert ("quantization_config" in code(text)) == (bits != "16")
-        ast.parse(code(text))
+@pytest.mark.parametrize(
+    ("bits", "told", "line"),
+    [
+        (4, "Trained with QLoRA: the base is frozen in NF4,", "bits = BitsAndBytesConfig(load_in_4bit=True, "),
+        (8, "Trained with LoRA: the base is frozen in 8 bits (LLM.int8),", "bits = BitsAndBytesConfig(load_in_8bit=True)"),
+        (16, "Trained with LoRA: the base is frozen and not quantized,", "bits = None"),
+    ],
+)
+def test_it_tells_how_the_base_was_stored(bits: int, told: str, line: str) -> None:
+    text = made(quant_bits=bits)
+    assert told in text
+    assert line in code(text)
+    assert ("qlora" in front(text)["tags"]) == (bits == 4)
 
 
 def test_its_lines_of_python_allow_a_models_own_code_where_the_owner_did() -> None:

@@ -63,6 +63,16 @@ def test_a_second_gpu_that_is_not_needed_does_not_double_the_batch(
     assert trainer.args.n_gpu <= 1
 
 
+def test_a_card_without_bfloat16_computes_in_float16_and_the_other_wish_is_told_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = {"is_available": True, "mem_get_info": (1, 2), "get_device_name": "Tesla T4"}
+    for name, answer in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert (detect().compute_dtype, detect().kind) == ("float16", "cuda")
+    assert detect("bfloat16").reason == "chosen in the form, though Tesla T4 has no bfloat16 units"
+    assert detect("float16").reason == "chosen in the form"
+
+
 def losses(run: Any) -> list[float]:
     return [event.loss for event in tiny.events_of(run, Step)]
 

@@ -14,6 +14,7 @@ from qlora_ui import jobs
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
 from qlora_ui.engine import model as engine_model
+from qlora_ui.engine import watch
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, quantization_config
 from qlora_ui.engine.train import read_rows, train, training_arguments
@@ -114,6 +115,7 @@ def after_divergence(run: Run) -> list[float]:
     """The learning rates of a training whose loss is never finite."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FiniteSteps, "take", lambda self, loss: self.__dict__.update(loss_is_finite=loss.isnan()) or loss)
+        patch.setattr(watch, "MOST_SKIPPED_IN_A_ROW", 2)
         jobs.execute(run, train)
     return [event.learning_rate for event in tiny.events_of(run, Step)]
 
@@ -170,7 +172,7 @@ SEEN: dict[str, tuple[Any, Look] | tuple[Any, Look, dict[str, Any]]] = {
     "max_grad_norm": (1, arguments),
     "weight_decay": (0.1, arguments),
     "neftune_noise_alpha": (5, arguments),
-    "on_divergence": ("go_back", after_divergence, {"max_steps": 12}),
+    "on_divergence": ("go_back", after_divergence, {"max_steps": 4}),
     "group_by_length": (True, arguments),
     "packing": ("off", told, {"max_steps": 1}),
     "gradient_checkpointing": ("on", told, {"max_steps": 1}),
@@ -224,8 +226,16 @@ def test_the_table_has_every_knob() -> None:
     assert set(SEEN) == set(KNOBS)
 
 
+@pytest.fixture(scope="module")
+def looked() -> dict[Any, Any]:
+    """What was seen of runs before a change."""
+    return {}
+
+
 @pytest.mark.parametrize("name", KNOBS)
-def test_changing_a_knob_changes_something(workspace: Workspace, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changing_a_knob_changes_something(
+    workspace: Workspace, looked: dict[Any, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_a_set_on_the_hub(monkeypatch)
     changed, look, *rest = SEEN[name]
     needed = rest[0] if rest else {}
@@ -233,7 +243,9 @@ def test_changing_a_knob_changes_something(workspace: Workspace, name: str, monk
     if name != "data":
         differing = {knob for knob, value in before.config().values().items() if after.config().values()[knob] != value}
         assert differing == {name}
-    assert look(before) != look(after)
+    if (unchanged := (look.__name__, *sorted(needed.items()))) not in looked:  # most knobs are changed beside the same others
+        looked[unchanged] = look(before)
+    assert looked[unchanged] != look(after)
 
 
 @pytest.mark.parametrize("name", ["quant_bits", "adam_beta1", "lora_r", "train_on"])

@@ -17,7 +17,8 @@ from qlora_ui.engine import cpu
 from qlora_ui.engine.adapter import add_adapter
 from qlora_ui.engine.batches import packed
 from qlora_ui.engine.hardware import detect
-from qlora_ui.engine.model import Found, load_quantized, measure_storage
+from qlora_ui.engine.layers import measure_storage
+from qlora_ui.engine.model import Found, load_quantized
 from qlora_ui.errors import UserError
 from qlora_ui.memory.activations import Batch, copy_bytes, layer_bytes
 from qlora_ui.memory.forecast import base_bytes

@@ -22,6 +22,7 @@ from qlora_ui.engine.adapter import load_adapter
 from qlora_ui.engine.chat import ChatModel, Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, load_quantized, make_room
+from qlora_ui.engine.shape import token_layers
 from qlora_ui.engine.train import train
 from qlora_ui.errors import UserError
 from qlora_ui.events import Failed, HeldOut, Log, Sample
@@ -182,6 +183,21 @@ def test_plain_peft_in_a_fresh_process_computes_the_same(both: dict[bool, Traine
         assert torch.equal(torch.tensor(told["logits"]), logits)
 
 
+def test_the_lines_of_python_on_the_card_compute_the_same(finished: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (finished.run.adapter / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    base = str(finished.run.workspace.models / tiny.NAME)
+    monkeypatch.chdir(finished.run.adapter)
+    made: dict[str, Any] = {}
+    exec(lines.replace(repr(tiny.NAME), repr(base)), made)
+    chat = ChatModel(finished.run, lambda event: None, lambda: False)
+    ids = chat.tokenizer("<|think|>The answer is<|end|>", return_tensors="pt")["input_ids"]
+    assert made["tokenizer"]("<|think|>The answer is<|end|>", return_tensors="pt")["input_ids"].equal(ids)
+    for module in made["model"].modules():
+        module.support_avx512bf16_for_cpu = False  # a kernel that rounds otherwise, on those CPUs that have it
+    with torch.no_grad():
+        assert torch.allclose(made["model"].eval()(ids).logits, chat.model(ids).logits, atol=1e-4)
+
+
 def test_the_chat_stops_at_the_new_end_token_and_answers_from_both_sides(finished: Trained) -> None:
     chat = ChatModel(finished.run, lambda event: None, lambda: False)
     assert chat.end_ids == [finished.old + 2]
@@ -267,5 +283,5 @@ def test_a_head_with_a_bias_is_refused_because_its_rows_cannot_be_trained_alone(
     base = load_quantized(found, QuantizationConfig(), detect("float32"), lambda event: None, lambda: False)
     base.lm_head.bias = torch.nn.Parameter(torch.zeros(base.lm_head.out_features))
     with pytest.raises(UserError, match="head has a bias or is quantized") as refused:
-        make_room(base, base.lm_head.out_features + 1, [base.lm_head.out_features])
+        token_layers(base, [5], ())
     assert refused.value.field == "new_tokens"

@@ -70,6 +70,12 @@ def test_settings_of_a_newer_app_are_refused_by_their_names() -> None:
     assert str(caught.value) == "This run's config has settings that this app does not know: colour, moon_phase. Use the app that wrote it."
 
 
+@pytest.mark.parametrize("part", [3, None, ["lora_r"]])
+def test_a_part_that_holds_no_settings_is_one_sentence(part: Any) -> None:
+    with pytest.raises(UserError, match="This run's config is damaged: adapter holds no settings"):
+        RunConfig.from_dict({**FIRST, "adapter": part})
+
+
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_another_version_is_refused_with_what_this_app_reads(version: Any) -> None:
     with pytest.raises(UserError, match=r"has version .*; this app reads version 1\. Use the app that wrote it"):

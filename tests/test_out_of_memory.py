@@ -202,7 +202,7 @@ def test_what_counts_as_memory_that_ran_out(error: Exception, is_one: bool) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_that_really_runs_out_on_a_gpu(place: tuple[Workspace, Path], failing: Callable[[Fault], None]) -> None:
     taken: list[Any] = []
 

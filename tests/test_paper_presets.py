@@ -25,6 +25,7 @@ EVERYWHERE = {
     "adam_beta2": 0.999,
     "max_grad_norm": 0.3,
     "weight_decay": 0.0,
+    "group_by_length": True,
     "max_steps": 1875,
     "max_seq_len": 512,
     "data": "timdettmers/openassistant-guanaco",

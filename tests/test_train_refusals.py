@@ -50,14 +50,14 @@ def test_rows_without_a_token_to_train_on_are_one_sentence(place: tuple[Workspac
     assert said.startswith("None of the 5 rows has a token to train on within max_seq_len 16. Raise max_seq_len")
 
 
-def test_rows_longer_than_the_model_was_made_for_are_refused_before_it_is_loaded(place: tuple[Workspace, Path], tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "rows.json", [(f"Q{number}", "A" * 900) for number in range(6)])
-    run = trained(place[0], data, max_seq_len=600)
-    assert failure(run) == (
-        "max_seq_len is 600 and the longest row has 600 tokens, but this model was made for 512. Set max_seq_len to 512."
-    )
+def test_rows_longer_than_the_model_reads_are_one_sentence(place: tuple[Workspace, Path], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.json", [(f"Q{number}", "A" * 200 * number) for number in range(1, 5)])
+    run = trained(place[0], data, held_out_share=0, max_seq_len=4096, max_steps=1)
+    said = failure(run)
+    assert said.startswith("The longest row has 8")
+    assert said.endswith("tiny reads 512 at most. Set max_seq_len to 512.")
     assert "quantizing" not in [event.name for event in tiny.events_of(run, Phase)]
-    assert trained(place[0], data, max_seq_len=512, max_steps=1, micro_batch_size=1).state() == "finished"
+    assert trained(place[0], data, held_out_share=0, max_seq_len=512, max_steps=1).state() == "finished"
 
 
 def test_held_out_rows_without_a_token_to_measure_are_told_and_the_run_goes_on(place: tuple[Workspace, Path], tmp_path: Path) -> None:
@@ -157,8 +157,12 @@ def test_a_model_that_is_nowhere_is_one_sentence_with_its_name(workspace: Worksp
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"target_modules": "nowhere"}, "target_modules has 'nowhere', but this model has no such module. It has down_proj, "),
-        ({"target_modules": ","}, "target_modules has '', but this model has no such module. "),
+        ({"target_modules": "q_proj, nowhere"}, "target_modules has 'nowhere', but this model has no such module. Its own are down_proj, "),
+        (
+            {"target_modules": "self_attn"},
+            "target_modules has 'self_attn', a LlamaAttention, which takes no adapter. Name the layers",
+        ),
+        ({"target_modules": ","}, "target_modules is ',': give all-linear, attention, or names from down_proj, "),
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16', but there is no GPU here: use auto, float32 or bfloat16."),
     ],
 )
@@ -167,4 +171,6 @@ def test_a_setting_that_this_model_or_machine_cannot_serve_is_one_sentence(
 ) -> None:
     if "compute_dtype" in values and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert failure(trained(*place, **values)).startswith(said)
+    run = trained(*place, **values)
+    assert failure(run).startswith(said)
+    assert "quantizing" not in [event.name for event in tiny.events_of(run, Phase)]  # the weights were not loaded yet

@@ -20,14 +20,21 @@ from qlora_ui.events import Event, HeldOut, Planned, Step
 NOT_LISTED = ("model", "revision", "data", "columns", "chat_template")
 
 
-def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], two_sided: bool) -> str:
-    """The card, with the YAML front matter that the Hub reads. `facts` is the run's `config.json`, `events` all that it told.
+FROZEN = {
+    "8": "Trained with LoRA: the base is frozen in 8 bits (LLM.int8)",
+    "16": "Trained with LoRA: the base is frozen and not quantized",
+}
 
-    `two_sided` says that the base is an encoder-decoder.
+
+def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], adapter: Mapping[str, Any]) -> str:
+    """The card, with the YAML front matter that the Hub reads. `facts` is the run's `config.json`, `events` all that it told,
+    `adapter` is PEFT's `adapter_config.json`.
     """
+    q = config.quantization
+    frozen = FROZEN.get(q.quant_bits, f"Trained with QLoRA: the base is frozen in {q.quant_type.upper()}")
     base, on_hub = base_name(facts, config)
     data, licence = data_name(config.data.data)
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["qlora", "lora", "base_model:adapter"]}
+    front: dict[str, Any] = {"library_name": "peft", "tags": [*(["qlora"] if "QLoRA" in frozen else []), "lora", "base_model:adapter"]}
     if on_hub:
         front["base_model"] = base
     if is_hub(config.data.data):
@@ -41,7 +48,7 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], t
             "",
             f"# LoRA adapter for {code(base)}",
             "",
-            f"The base is frozen {stored(config)}, the adapter is all that was learned.",
+            f"{frozen}, the adapter is all that was learned.",
             "",
             f"- Base model: {code(base)}" + (f", commit {code(commit)}" if commit else ""),
             f"- Data: {code(data)}" + (f", licence {licence}" if licence else ", licence not known"),
@@ -50,7 +57,7 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], t
             "## How to load it",
             "",
             "```python",
-            *loading(base, commit, config, two_sided),
+            *loading(base, commit, config, str(facts.get("compute_dtype", "float32")), adapter),
             "```",
             "",
             "## Settings",
@@ -64,13 +71,6 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], t
             *(f"- {name} {version}" for name, version in facts.get("versions", {}).items()),
             "",
         ]
-    )
-
-
-def stored(config: RunConfig) -> str:
-    """How the base was stored, in words."""
-    return {"4": f"in {config.quantization.quant_type.upper()} (QLoRA)", "8": "in 8 bits"}.get(
-        config.quantization.quant_bits, "unquantized"
     )
 
 
@@ -106,35 +106,27 @@ def losses(events: Sequence[Event]) -> list[str]:
     return lines
 
 
-def loading(base: str, commit: str | None, config: RunConfig, two_sided: bool) -> list[str]:
+def loading(base: str, commit: str | None, config: RunConfig, dtype: str, adapter: Mapping[str, Any]) -> list[str]:
     """The lines of Python that load the adapter without this app."""
-    kind = "AutoModelForSeq2SeqLM" if two_sided else "AutoModelForCausalLM"
-    bits = quantization(config)
-    told = [repr(base)]
-    told += [f"revision={commit!r}"] if commit else []
-    told += ["quantization_config=bits"] if bits else []
-    told += ["trust_remote_code=True"] if config.model.trust_remote_code else []
-    # A model may have rows to spare; only one with too few is given more.
-    room = ["base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().num_embeddings))"]
+    q = config.quantization
+    told = (f", revision={commit!r}" if commit else "") + (", trust_remote_code=True" if config.model.trust_remote_code else "")
+    kind = "AutoModelForSeq2SeqLM" if adapter["task_type"] == "SEQ_2_SEQ_LM" else "AutoModelForCausalLM"
+    four = f"bnb_4bit_quant_type={q.quant_type!r}, bnb_4bit_use_double_quant={q.double_quant}, bnb_4bit_compute_dtype=torch.{dtype}"
+    bits = {"4": f"BitsAndBytesConfig(load_in_4bit=True, {four})", "8": "BitsAndBytesConfig(load_in_8bit=True)"}.get(q.quant_bits, "None")
+    rows = "max(len(tokenizer), base.get_input_embeddings().num_embeddings)"
+    room = [f"base.resize_token_embeddings({rows}, mean_resizing=False)  # for its new tokens"]
     return [
+        "import torch",
         "from peft import PeftModel",
-        f"from transformers import {kind}, AutoTokenizer" + (", BitsAndBytesConfig" if bits else ""),
+        f"from transformers import {kind}, AutoTokenizer, BitsAndBytesConfig",
         "",
         'adapter = "."  # the folder of this card, or its id on the Hub',
         "tokenizer = AutoTokenizer.from_pretrained(adapter)  # with the chat template that it was trained in",
-        *([f"bits = {bits}"] if bits else []),
-        f"base = {kind}.from_pretrained({', '.join(told)})",
-        *(room if config.data.new_tokens else []),
+        f"bits = {bits}",
+        f"base = {kind}.from_pretrained({base!r}{told}, quantization_config=bits, dtype=torch.{dtype})",
+        *(room if adapter.get("trainable_token_indices") else []),
         "model = PeftModel.from_pretrained(base, adapter)",
     ]
-
-
-def quantization(config: RunConfig) -> str:
-    """The base's storage as a line of Python; nothing for one that is not quantized."""
-    q = config.quantization
-    if q.quant_bits == "4":
-        return f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={q.quant_type!r}, bnb_4bit_use_double_quant={q.double_quant})"
-    return "BitsAndBytesConfig(load_in_8bit=True)" if q.quant_bits == "8" else ""
 
 
 def code(value: Any) -> str:

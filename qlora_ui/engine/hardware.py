@@ -56,7 +56,9 @@ def detect(wish: str = "auto") -> Hardware:
     if wish == "float16" and not cuda:
         raise UserError("compute_dtype is 'float16', but there is no GPU here: use auto, float32 or bfloat16.", field="compute_dtype")
     if wish != "auto":
-        dtype, reason = wish, "chosen in the form"
+        emulated = cuda and (wish, dtype) == ("bfloat16", "float16")
+        reason = "chosen in the form" + (f", though {torch.cuda.get_device_name()} has no bfloat16 units" if emulated else "")
+        dtype = wish
     free, total = torch.cuda.mem_get_info() if cuda else (psutil.virtual_memory().available, psutil.virtual_memory().total)
     return Hardware(
         kind="cuda" if cuda else "cpu",
@@ -75,6 +77,13 @@ def torch_dtype(hardware: Hardware) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, hardware.compute_dtype)
     return dtype
+
+
+def autocast(hardware: Hardware) -> torch.autocast:
+    """Within this, products of float32 and the compute dtype are made in the compute dtype, as Trainer's steps are."""
+    import torch
+
+    return torch.autocast(hardware.kind, dtype=torch_dtype(hardware), enabled=hardware.compute_dtype != "float32")
 
 
 def memory_gib() -> float:

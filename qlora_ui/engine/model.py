@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
@@ -200,23 +200,19 @@ def _unloadable(found: Found, error: Exception, what: str = "") -> UserError:
     return UserError(said, field="model")
 
 
-def load_tokenizer(found: Found, adapter: Path | None = None) -> Any:
-    """The model's tokenizer, with a pad token (its end token when it has none: padding is masked, so it is never learned).
+def load_tokenizer(found: Found, vocabulary: Path | None = None) -> Any:
+    """The model's tokenizer, or that in the folder `vocabulary`, with a pad token: its end token when it has none, since padding
+    is masked and so never learned.
 
-    Or that of an `adapter` to go on with, where that one has tokens of its own. It knows whether it serves an
-    encoder-decoder, whose rows are written in another way, and how long a row of a causal model may be. Raises UserError when the
-    folder has none that can be read.
+    It knows whether it serves an encoder-decoder, whose rows are written in another way. Raises UserError when the folder has none
+    that can be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=found.trusted)
-        if adapter and (adapter / "tokenizer_config.json").is_file():
-            its_own = AutoTokenizer.from_pretrained(adapter, trust_remote_code=found.trusted)
-            tokenizer = its_own if len(its_own) > len(tokenizer) else tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(vocabulary or found.folder, trust_remote_code=found.trusted)
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
     except Exception as error:
         raise _unloadable(found, error, "The tokenizer of ") from error
     tokenizer.encoder_decoder = config.is_encoder_decoder
-    tokenizer.longest_row = None if config.is_encoder_decoder else getattr(config.get_text_config(), "max_position_embeddings", None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -237,6 +233,18 @@ def quantization_config(quantization: QuantizationConfig, dtype: torch.dtype) ->
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=quantization.quant_storage,
     )
+
+
+def check_positions(found: Found, longest: int) -> None:
+    """Raise UserError when rows of that many tokens are longer than a causal model has positions for: some break off there, and
+    the others have never seen such places."""
+    config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit and not config.is_encoder_decoder:  # the two halves of which count apart
+        raise UserError(
+            f"The longest row has {longest:,} tokens, but {found.public_name} reads {limit:,} at most. Set max_seq_len to {limit}.",
+            field="max_seq_len",
+        )
 
 
 def generation_ends(found: Found) -> list[int]:
@@ -275,8 +283,8 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"{found.public_name} lacks {len(missing)} of its weights (the first is {missing[0]}). {COPY_AGAIN}", field="model")
     if quantization.quant_bits != "16" and (left := left_whole(model)):
-        said = f"Not in {quantization.quant_bits} bits, because transformers does not quantize it: "
-        emit(Log(text=f"{said}{', '.join(left)} ({sum(left.values()):,} parameters)", level="warning"))
+        what = f"{', '.join(left)} ({sum(left.values()):,} parameters)"
+        emit(Log(text=f"Not in {quantization.quant_bits} bits, because transformers does not quantize it: {what}", level="warning"))
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with avx512_bf16 bitsandbytes repacks the weights at the first forward in eval mode, for a kernel
@@ -296,51 +304,6 @@ def device_map(found: Found, hardware: Hardware) -> dict[str, str] | str:
     return "balanced" if torch.cuda.device_count() > 1 and needed > 0.8 * free else {"": "cuda:0"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Storage:
-    """What the base's linear layers take: their number, parameters as the model counts them, and bytes as they are stored."""
-
-    layers: int
-    parameters: int
-    bytes: int
-
-    @property
-    def bits_per_parameter(self) -> float:
-        return 8 * self.bytes / self.parameters
-
-
-def measure_storage(base: Any) -> Storage:
-    """Counted in the tensors that are there: weights, their quantization constants, and the constants of those.
-
-    Of the quantized layers, or of all linear ones when none is. Not counted: biases, the code books that are the same for
-    every layer, and the output head, which is never quantized.
-    """
-    head = base.get_output_embeddings()
-    linear = [module for module in base.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    layers = [module for module in linear if isinstance(module, (Linear4bit, Linear8bitLt))] or linear
-    tensors: list[torch.Tensor] = [module.weight for module in layers]
-    parameters = 0
-    for module in layers:
-        parameters += module.in_features * module.out_features
-        if isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            tensors += [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
-        elif isinstance(module, Linear8bitLt):
-            tensors.append(module.weight.SCB if module.weight.SCB is not None else module.state.SCB)  # the first forward moves it
-    return Storage(layers=len(layers), parameters=parameters, bytes=sum(tensor.nbytes for tensor in tensors))
-
-
-def describe_storage(base: Any, quantization: QuantizationConfig) -> str:
-    """One line: how the base is stored, and the measured bits per parameter."""
-    storage = measure_storage(base)
-    name = {"8": "LLM.int8", "16": f"unquantized {str(base.dtype).removeprefix('torch.')}"}.get(quantization.quant_bits)
-    if name is None:
-        double = "with" if quantization.double_quant else "without"
-        packed = "" if quantization.quant_storage == "uint8" else f" packed in {quantization.quant_storage}"
-        name = f"{quantization.quant_type.upper()} {double} double quantization{packed}"
-    return f"Base stored as {name}: {storage.bits_per_parameter:.3f} bits per parameter in {storage.layers} linear layers"
-
-
 @contextlib.contextmanager
 def _watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
     """Draw the progress bar of transformers' weight loading with events."""
@@ -355,17 +318,14 @@ def _watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
 def make_room(base: Any, tokens: int, new: Sequence[int] = ()) -> list[int]:
     """Give the model a row for each of so many tokens. Those of `new` ones, and all rows added, become the mean of the others.
 
-    Returns the ids whose rows have to be trained. Raises UserError for a model whose head cannot be trained row by row.
+    Returns the ids whose rows have to be trained.
     """
     rows = base.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         base.resize_token_embeddings(tokens, mean_resizing=False)
         base.requires_grad_(False)
     learned = sorted({*new, *range(rows, tokens)})
-    head = base.get_output_embeddings()
-    if new and head is not None and not (type(head) is torch.nn.Linear and head.bias is None):
-        raise UserError("This model's head has a bias or is quantized, so new_tokens cannot be trained in it.", field="new_tokens")
-    for layer in (base.get_input_embeddings(), head):
+    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
         if learned and layer is not None:
             known = torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device)
             known[learned] = False

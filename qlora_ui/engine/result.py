@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_ui.checkpoints import SEAL, step_of
-from qlora_ui.engine import card, tokens
+from qlora_ui.engine import card
 from qlora_ui.events import Event, Phase
 from qlora_ui.runs import Run
 
@@ -22,7 +22,7 @@ def publish(run: Run, model: Any, tokenizer: Any, step: int) -> None:
     aside = _room_aside(run)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    _publish(run, aside, step, tokens.is_encoder_decoder(tokenizer))
+    _publish(run, aside, step)
 
 
 def keep(run: Run, checkpoint: Path, emit: Callable[[Event], None]) -> None:
@@ -30,8 +30,7 @@ def keep(run: Run, checkpoint: Path, emit: Callable[[Event], None]) -> None:
     emit(Phase(name="saving", detail=checkpoint.name))
     aside = _room_aside(run)
     shutil.copytree(checkpoint, aside, dirs_exist_ok=True, ignore=lambda _, names: [name for name in names if name.endswith(TRAINERS_OWN)])
-    task = json.loads((aside / "adapter_config.json").read_text("utf-8"))["task_type"]
-    _publish(run, aside, step_of(checkpoint), task == "SEQ_2_SEQ_LM")
+    _publish(run, aside, step_of(checkpoint))
 
 
 def _room_aside(run: Run) -> Path:
@@ -41,6 +40,7 @@ def _room_aside(run: Run) -> Path:
     return aside
 
 
-def _publish(run: Run, aside: Path, step: int, two_sided: bool) -> None:
-    (aside / "README.md").write_text(card.text(run.facts(), run.config(), run.read()[0], two_sided), "utf-8")
+def _publish(run: Run, aside: Path, step: int) -> None:
+    adapter = json.loads((aside / "adapter_config.json").read_text("utf-8"))
+    (aside / "README.md").write_text(card.text(run.facts(), run.config(), run.read()[0], adapter), "utf-8")
     run.publish_adapter(aside, step)

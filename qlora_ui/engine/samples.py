@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ PROMPT_TOKENS = 256  # the longest that is taken from the rows
 ANSWER_TOKENS = 48
 
 Prompt = tuple[Message, ...]
+Precision = Callable[[], AbstractContextManager[Any]]
 
 
 def sampler(
@@ -30,13 +32,14 @@ def sampler(
     tokenizer: Any,
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
+    precision: Precision,
 ) -> list[TrainerCallback]:
     """The sampler that this schedule asks for, if any. A prompt format that nothing can be asked in is told."""
     if not schedule.sample_every:
         return []
     try:
         asked = prompts(schedule.sample_prompts, rows, tokenizer)
-        return [Sampler(schedule.sample_every, asked, tokenizer, emit, should_stop)]
+        return [Sampler(schedule.sample_every, asked, tokenizer, emit, should_stop, precision)]
     except UserError as error:
         emit(Log(text=f"There are no sample answers: {error}", level="warning"))
         return []
@@ -62,12 +65,22 @@ def _length(tokenizer: Any, prompt: Prompt) -> int:
 
 
 class Sampler(TrainerCallback):
-    """Asks the prompts before the first step, every so many steps, and at the end. The base is asked once: it does not change."""
+    """Asks the prompts before the first step, every so many steps, and at the end. The base is asked once: it does not change.
+
+    Within `precision` the model computes as it does in its steps.
+    """
 
     def __init__(
-        self, every: int, asked: Sequence[Prompt], tokenizer: Any, emit: Callable[[Event], None], should_stop: Callable[[], bool]
+        self,
+        every: int,
+        asked: Sequence[Prompt],
+        tokenizer: Any,
+        emit: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+        precision: Precision = nullcontext,
     ) -> None:
         self.every, self.asked, self.tokenizer, self.emit, self.should_stop = every, asked, tokenizer, emit, should_stop
+        self.precision = precision
         self.ends = tokens.end_ids(tokenizer)
         self.base: list[str] = []
         self.last_step = -1
@@ -104,7 +117,8 @@ class Sampler(TrainerCallback):
         was_training = model.training
         model.eval()
         # Taking the likeliest token draws no random number; a model's own code might.
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), self.precision():
             written = model.generate(
                 **batch,
                 max_new_tokens=ANSWER_TOKENS,

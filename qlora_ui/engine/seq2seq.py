@@ -12,7 +12,7 @@ from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS, is_encoder_decoder
 from qlora_ui.errors import UserError
 
 
-def check(tokenizer: Any, data: DataConfig) -> None:
+def check(tokenizer: Any, data: DataConfig, neftune_noise_alpha: float = 0) -> None:
     """Raise UserError when the settings ask an encoder-decoder for what only a causal model can do."""
     if not is_encoder_decoder(tokenizer):
         return
@@ -20,6 +20,12 @@ def check(tokenizer: Any, data: DataConfig) -> None:
         raise UserError(
             "train_on is 'everything', but this is an encoder-decoder model: its encoder only reads. Set train_on to last.",
             field="train_on",
+        )
+    if neftune_noise_alpha:  # Trainer would add it to an embedding that neither half reads through
+        raise UserError(
+            f"neftune_noise_alpha is {neftune_noise_alpha:g}, but this is an encoder-decoder model, which NEFTune's noise does not reach. "
+            "Set it to 0.",
+            field="neftune_noise_alpha",
         )
     if data.long_rows == "split":
         raise UserError(

@@ -16,7 +16,7 @@ import torch
 from qlora_ui.config import RunConfig
 from qlora_ui.engine import cpu, cpu_adapter
 from qlora_ui.engine.batches import Row, StepCollator, packed
-from qlora_ui.engine.hardware import Hardware, free_memory_gib, torch_dtype
+from qlora_ui.engine.hardware import Hardware, autocast, free_memory_gib
 from qlora_ui.engine.loss import Loss
 from qlora_ui.engine.tokenized import FittedRows
 from qlora_ui.engine.tokens import IGNORED, REAL_TOKENS
@@ -54,9 +54,10 @@ def plan_steps(model: Any, config: RunConfig, hardware: Hardware, rows: FittedRo
     if hardware.kind == "cpu":
         cpu.draw_dropout_faster(model)
         emit(Log(text=f"{cpu_adapter.compute_at_once(model)} 4-bit layers are computed at once with their adapters"))
-    loss = choose_loss(model, sample[0], emit)
-    token_budget = choose_packing(model, config, hardware, sample, emit)
-    by_row = bool(token_budget) and hardware.kind == "cpu" and choose_attention_by_row(model, sample, emit)
+    with autocast(hardware):  # modules that are trained fully are float32 among layers that are not
+        loss = choose_loss(model, sample[0], emit)
+        token_budget = choose_packing(model, config, hardware, sample, emit)
+        by_row = bool(token_budget) and hardware.kind == "cpu" and choose_attention_by_row(model, sample, emit)
     o = config.optimization
     tokens = token_budget or o.micro_batch_size * config.data.max_seq_len
     checkpointing = choose_checkpointing(model, o.gradient_checkpointing, hardware, loss, sample[0], tokens, emit)
@@ -214,13 +215,12 @@ def activation_bytes(model: Any, hardware: Hardware, loss: Loss, row: Row) -> fl
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    dtype = torch_dtype(hardware)
     was_training = model.training
     model.train()
     try:
         with (
             torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor),
-            torch.autocast(hardware.kind, dtype=dtype, enabled=dtype != torch.float32),
+            autocast(hardware),
             loss.selecting(labels),
         ):
             outputs = model(**_model_inputs(model, batch))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from qlora_ui import checkpoints
 from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
-from qlora_ui.engine import result, seq2seq, tokens
-from qlora_ui.engine.adapter import add_adapter, continue_adapter, find_adapter, load_weights
-from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, is_out_of_memory, memory_gib
-from qlora_ui.engine.model import describe_storage, find, generation_ends, load_quantized, load_tokenizer, make_room
+from qlora_ui.engine import result, seq2seq, shape, tokens
+from qlora_ui.engine.adapter import add_adapter, check_start, continue_adapter, find_adapter, load_weights
+from qlora_ui.engine.hardware import Hardware, detect, give_memory_back, is_out_of_memory, memory_gib, torch_dtype
+from qlora_ui.engine.layers import describe_storage
+from qlora_ui.engine.model import check_positions, find, generation_ends, load_quantized, load_tokenizer, make_room
+from qlora_ui.engine.report import Reporter
 from qlora_ui.engine.samples import sampler
 from qlora_ui.engine.step_plan import plan_steps
 from qlora_ui.engine.step_trainer import StepTrainer
@@ -26,20 +27,7 @@ from qlora_ui.engine.token_checks import padding, troubles
 from qlora_ui.engine.tokenized import FittedRows, Tokenized, cached_tokenized, fit
 from qlora_ui.engine.watch import BestCheckpoint, FiniteSteps, owes_measurement
 from qlora_ui.errors import UserError
-from qlora_ui.events import (
-    CheckpointSaved,
-    Event,
-    Finished,
-    HeldOut,
-    Log,
-    Paused,
-    Phase,
-    PhaseProgress,
-    Planned,
-    Step,
-    Stopped,
-    finite,
-)
+from qlora_ui.events import Event, Finished, Log, Paused, Phase, PhaseProgress, Stopped
 from qlora_ui.runs import Run
 from qlora_ui.stopping import Cancelled, OutOfMemory
 
@@ -74,7 +62,9 @@ def train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None
 def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None) -> None:
     """All phases in order. What it made is garbage when it returns."""
     config = run.config()
+    hardware = detect(config.quantization.compute_dtype)
     start = find_adapter(config.adapter.init_adapter, run.workspace) if config.adapter.init_adapter else None
+    vocabulary = start if start and check_start(start, config) else None
     data = read_rows(run, config, emit, should_stop)
 
     emit(Phase(name="fetching", detail=config.model.model))
@@ -83,18 +73,19 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     if found.trusted:
         emit(Log(text=f"The code that comes with {found.public_name} may run: trust_remote_code is on", level="warning"))
     emit(Log(text=f"{found.public_name}: {found.origin}{f', commit {found.commit[:12]}' if found.commit else ''}"))
-    run.note(model_origin=found.origin, model_commit=found.commit, model_name=found.public_name)
+    run.note(model_origin=found.origin, model_commit=found.commit, model_name=found.public_name, compute_dtype=hardware.compute_dtype)
 
     emit(Phase(name="loading"))
-    hardware = detect(config.quantization.compute_dtype)
     emit(Log(text=f"Device: {hardware.chip()}"))
     emit(Log(text=f"Compute dtype {hardware.compute_dtype}: {hardware.reason}"))
-    tokenizer = load_tokenizer(found, start)
+    tokenizer = load_tokenizer(found, vocabulary)
     new = tokens.add_new(tokenizer, config.data.new_tokens)
     tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
+    shape.check(found, torch_dtype(hardware), config.adapter, len(tokenizer), new)
 
     emit(Phase(name="tokenizing"))
     train_rows, held_out_rows = encode(run, tokenizer, data, emit, should_stop)
+    check_positions(found, max(int(rows.fitted.lengths.max(initial=0)) for rows in (train_rows, held_out_rows)))
     for trouble in troubles(tokenizer, data.conversations, config.data.train_on, generation_ends(found)):
         emit(Log(text=trouble, level="warning"))
     emit(Log(text=padding(tokenizer)))
@@ -110,13 +101,15 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     else:
         model = add_adapter(base, config.adapter, config.optimization.seed, learned)
     model.peft_config["default"].base_model_name_or_path = found.public_name  # in every checkpoint, not where it lies here
+    model.peft_config["default"].revision = found.commit or None
     report_size(model, emit)
     if should_stop():
         raise Cancelled
 
     trainer = make_trainer(run, config, hardware, model, tokenizer, train_rows, held_out_rows, emit, should_stop)
     train_set, held_out_set = checks.split(data, config.data, config.optimization.seed)
-    for callback in sampler(config.schedule, held_out_set or train_set, tokenizer, emit, should_stop):
+    asked = held_out_set or train_set
+    for callback in sampler(config.schedule, asked, tokenizer, emit, should_stop, trainer.compute_loss_context_manager):
         trainer.add_callback(callback)
     emit(Phase(name="training"))
     if checkpoint and not owes_measurement(checkpoint, config.schedule.eval_steps):
@@ -184,7 +177,7 @@ def read_rows(run: Run, config: RunConfig, emit: Emit, should_stop: ShouldStop) 
 def encode(run: Run, tokenizer: Any, data: checks.DataSet, emit: Emit, should_stop: ShouldStop) -> tuple[FittedRows, FittedRows]:
     """The rows to train on and the held-out rows as tokens; says what was cut, dropped or split, and what is left out."""
     config = run.config()
-    seq2seq.check(tokenizer, config.data)
+    seq2seq.check(tokenizer, config.data, config.optimization.neftune_noise_alpha)
     if tokens.is_encoder_decoder(tokenizer):
         emit(Log(text="Encoder-decoder model: the encoder reads a row up to its last answer, and that answer is trained"))
 
@@ -217,14 +210,6 @@ def encode(run: Run, tokenizer: Any, data: checks.DataSet, emit: Emit, should_st
         raise UserError(
             f"None of the {len(train_set)} rows has a token to train on within max_seq_len {config.data.max_seq_len}. "
             "Raise max_seq_len or change what is trained on.",
-            field="max_seq_len",
-        )
-    longest = max(int(rows.fitted.lengths.max(initial=0)) for rows in (train_rows, held_out_rows))
-    limit = getattr(tokenizer, "longest_row", None)
-    if limit and longest > limit:
-        raise UserError(
-            f"max_seq_len is {config.data.max_seq_len} and the longest row has {longest:,} tokens, but this model was made for {limit:,}. "
-            f"Set max_seq_len to {limit}.",
             field="max_seq_len",
         )
     return train_rows, held_out_rows
@@ -327,99 +312,3 @@ def training_values(config: RunConfig, has_held_out: bool) -> dict[str, Any]:
         "report_to": "none",
         "label_names": ["labels"],
     }
-
-
-class Reporter(TrainerCallback):
-    """Turns what Trainer does into events, a checkpoint into a complete one, and the wish to end into an end at the next safe point."""
-
-    def __init__(
-        self, run: Run, emit: Emit, should_stop: ShouldStop, train: FittedRows, held_out: FittedRows, finite_steps: FiniteSteps
-    ) -> None:
-        self.run, self.emit, self.should_stop, self.finite_steps = run, emit, should_stop, finite_steps
-        self.limit = run.config().schedule.save_total_limit
-        self.train_rows, self.held_out_rows = train, held_out
-        self.step_started = 0.0
-        self.step_tokens = 0
-
-    def count(self, tokens: int) -> None:
-        """Tokens that go through the model now."""
-        self.step_tokens += tokens
-
-    def _end_here(self, *_: Any, **__: Any) -> None:
-        if self.should_stop():
-            raise Cancelled
-
-    def _stop_here(self, *_: Any, **__: Any) -> None:
-        if self.should_stop() and self.run.wish() != "pause":  # which waits for the end of the step
-            raise Cancelled
-
-    on_prediction_step = _end_here
-    on_substep_end = _stop_here
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.emit(
-            Planned(
-                total_steps=state.max_steps,
-                train_rows=len(self.train_rows),
-                held_out_rows=len(self.held_out_rows),
-                tokens=self.train_rows.tokens,
-                trained_tokens=self.train_rows.trained_tokens,
-            )
-        )
-        warm_up = args.get_warmup_steps(state.max_steps)
-        if warm_up >= state.max_steps:
-            said = (
-                f"The learning rate rises over {warm_up} steps, and the run has {state.max_steps}: it never reaches {args.learning_rate:g}"
-            )
-            self.emit(Log(text=f"{said}. Lower warmup_steps and warmup_ratio, or train longer", level="warning"))
-        self._end_here()
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps:  # it went on from the last step, of which only the result is missing
-            raise Cancelled
-        self.step_started, self.step_tokens = time.perf_counter(), 0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps and len(self.held_out_rows):
-            control.should_evaluate = True  # else the result's held-out loss would be that of some step before
-        elif self.should_stop() and self.run.wish() == "pause":
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # a run that goes on begins with what it owes
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        seconds = time.perf_counter() - self.step_started
-        self.emit(
-            Step(
-                step=state.global_step,
-                loss=finite(logs["loss"]) if self.finite_steps.loss_is_finite else None,
-                learning_rate=logs["learning_rate"],
-                grad_norm=finite(logs.get("grad_norm", float("nan"))),
-                tokens_per_second=self.step_tokens / seconds,
-                memory_gib=memory_gib(),
-                epoch=state.epoch or 0.0,
-                skipped=self.finite_steps.skipped,
-            )
-        )
-        self.finite_steps.give_up_if_it_persists(state.global_step)
-        self._stop_here()
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        loss = finite((metrics or {}).get("eval_loss", float("nan")))
-        if loss is not None:
-            self.emit(HeldOut(step=state.global_step, loss=loss))
-        else:
-            self.emit(Log(text=f"step {state.global_step}: the held-out loss is not finite", level="warning"))
-        self._end_here()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        best = state.best_global_step == state.global_step
-        folder = self.run.folder / f"checkpoint-{state.global_step}"
-        checkpoints.seal(folder)
-        checkpoints.thin(self.run, self.limit, f"checkpoint-{state.best_global_step}")
-        self.emit(CheckpointSaved(step=state.global_step, name=folder.name, best=best))

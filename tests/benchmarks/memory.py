@@ -140,7 +140,7 @@ def random_model(folder: Path, model: str) -> None:
 
 def base_size(base: Any) -> int:
     """Bytes of all weights, and of the constants of those that are quantized."""
-    from qlora_ui.engine.model import measure_storage
+    from qlora_ui.engine.layers import measure_storage
 
     whole = [p for p in base.parameters() if not (hasattr(p, "quant_state") or hasattr(p, "SCB"))]
     is_quantized = len(whole) < len(list(base.parameters()))
