@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +28,28 @@ from qlora_ui.runs import Run
 
 ADAPTER = "adapter"
 BASE = "base"
-BOUNDS = {"temperature": (0, 10), "top_p": (0, 1), "max_new_tokens": (1, 1_000_000), "seed": (0, 2**32 - 1)}
+BOUNDS = {
+    "temperature": (0, 10),
+    "top_p": (0, 1),
+    "top_k": (0, 1_000_000),
+    "repetition_penalty": (0.1, 10),
+    "max_new_tokens": (1, 1_000_000),
+    "seed": (0, 2**32 - 1),
+}
 PEFT_NAMES = {ADAPTER: "default", BASE: "__base__"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn. Temperature 0 always takes the likeliest token. Raises UserError for a value out of bounds."""
+    """How answers are drawn. Temperature 0 always takes the likeliest token, `top_k` 0 draws from all.
+
+    Raises UserError for a value out of bounds.
+    """
 
     temperature: float = 0.7
     top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 200
     seed: int = 0
 
@@ -50,11 +62,18 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """The answers so far, in the order of the asked sides, with the number of tokens drawn and the seconds it took."""
+    """The answers so far, in the order of the asked sides, with the number of tokens drawn and the seconds it took.
+
+    `context` tokens of the `context_limit` that the model can read were read, on the longest side; `left_out` of its oldest turns
+    no longer fitted.
+    """
 
     texts: tuple[str, ...]
     tokens: int
     seconds: float
+    context: int
+    context_limit: int
+    left_out: int
 
 
 class ChatModel:
@@ -84,15 +103,17 @@ class ChatModel:
 
         Closing the generator ends the generation at its next token. Raises what the generation raised.
         """
-        prompts = [tokens.prompt(self.tokenizer, messages) for _, messages in sides]
-        batch = self.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(self.model.device)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        fitted = [self._fitting(messages, limit, sampling.max_new_tokens) for _, messages in sides]
+        prompts = [prompt for prompt, _ in fitted]
+        batch = self.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(self.model.device)
         room = limit - batch["input_ids"].shape[1]
         if room < 1:
             raise UserError("This conversation is longer than the model can read. Start a new one.")
         if self.model.config.is_encoder_decoder:
             room = limit - 1  # the answer is a line of its own
-        stream = _Rows(len(sides), self.tokenizer, self.end_ids)
+        read = {"context": batch["input_ids"].shape[1], "context_limit": limit, "left_out": max(left_out for _, left_out in fitted)}
+        stream = _Rows(len(sides), self.tokenizer, self.end_ids, read)
         stopped = threading.Event()
         passes = [list(range(len(sides)))] if self._mixes else [[row] for row in range(len(sides))]
 
@@ -112,9 +133,10 @@ class ChatModel:
                             pad_token_id=self.tokenizer.pad_token_id,
                             max_new_tokens=min(sampling.max_new_tokens, room),
                             do_sample=sampling.temperature > 0,
-                            temperature=sampling.temperature or None,
+                            temperature=float(sampling.temperature) or None,  # transformers refuses an int
                             top_p=sampling.top_p if sampling.temperature > 0 else None,
-                            top_k=None,
+                            top_k=sampling.top_k or None if sampling.temperature > 0 else None,
+                            repetition_penalty=float(sampling.repetition_penalty),
                         )
             except BaseException as error:  # noqa: BLE001 - it belongs to the reader of the stream, who raises it
                 stream.news.put(error)
@@ -129,6 +151,20 @@ class ChatModel:
         finally:
             stopped.set()
             thread.join()
+
+    def _fitting(self, messages: Sequence[Message], limit: int, max_new_tokens: int) -> tuple[str, int]:
+        """The prompt, without as many of the oldest turns as must leave for an answer to have room; their number.
+
+        A question leaves with its answer; what the system says and the last question stay.
+        """
+        kept = list(messages)
+        first = int(kept[0].role == "system")
+        while True:
+            prompt = tokens.prompt(self.tokenizer, kept)
+            length = len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            if length + min(max_new_tokens, limit // 4) <= limit or len(kept) - first < 3:
+                return prompt, len(messages) - len(kept)
+            del kept[first : first + 2]
 
     @contextlib.contextmanager
     def _answering(self, sides: Sequence[str]) -> Iterator[None]:
@@ -184,7 +220,7 @@ class _Rows(BaseStreamer):
     `rows` are those that are being generated: all, or one after the other.
     """
 
-    def __init__(self, rows: int, tokenizer: Any, end_ids: Sequence[int]) -> None:
+    def __init__(self, rows: int, tokenizer: Any, end_ids: Sequence[int], read: Mapping[str, int]) -> None:
         self.news: queue.Queue[list[tuple[int, int]] | BaseException | None] = queue.Queue()
         self.rows = list(range(rows))
         self._decoders = [DecodeStream(skip_special_tokens=True) for _ in range(rows)]
@@ -192,6 +228,7 @@ class _Rows(BaseStreamer):
         self._ended = [False] * rows
         self._end_ids = set(end_ids)
         self._prompt_seen = False
+        self._read = read
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
@@ -214,4 +251,5 @@ class _Rows(BaseStreamer):
                     texts[row] += self._decoders[row].step(self._backend, token) or ""
                     count += 1
             # The blank before an answer is the format's (Guanaco's). Kept, the next turn would have two.
-            yield Answers(texts=tuple(text.lstrip() for text in texts), tokens=count, seconds=time.perf_counter() - started)
+            said = tuple(text.lstrip() for text in texts)
+            yield Answers(texts=said, tokens=count, seconds=time.perf_counter() - started, **self._read)

@@ -112,6 +112,7 @@ def wire(
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
     bar.chat.click(partial(talk_to, services), [bar.run], [tabs, chat.run], **QUIET)
 
+    page.load(partial(chat_tab.restored, services), [chat.kept], [chat.run, chat.tuned, chat.base], **QUIET)
     runs.chat.click(partial(talk_to, services), [runs.one], [tabs, chat.run], **QUIET)
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)

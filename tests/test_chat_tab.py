@@ -1,0 +1,109 @@
+"""The Chat tab in a real Chromium over a tiny model: ask, retry, edit, undo, reload, compare, take away; and its engine's part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from playwright.sync_api import Browser, Page, expect
+from serving import go, open_page, served
+from training import trained
+
+from qlora_ui.data.formats import Message
+from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.errors import UserError
+from qlora_ui.runs import Run, Workspace
+
+MINUTE = 60_000
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    home = tmp_path_factory.mktemp("chat")
+    workspace = Workspace.open(home / "home")
+    tiny.tiny_model(workspace.models / tiny.NAME)
+    return trained(workspace, tiny.tiny_rows(home / "rows.json"), max_steps=2)
+
+
+@pytest.fixture(scope="module")
+def model(run: Run) -> ChatModel:
+    return ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
+
+
+def turns(*said: str) -> list[Message]:
+    return [Message(role=role, content=words) for role, words in zip(("user", "assistant") * len(said), said, strict=False)]
+
+
+def test_the_oldest_turns_leave_a_full_context_aloud_and_the_system_prompt_stays(model: ChatModel) -> None:
+    long = [Message(role="system", content="Be brief."), *turns("a" * 200, "b" * 200, "c" * 100, "d" * 100, "last question")]
+    *_, answers = model.reply([("adapter", long)], Sampling(temperature=0, max_new_tokens=20))
+    assert (answers.left_out, answers.context_limit) == (2, 512)
+    assert answers.context <= 512 - 20
+    short = [long[0], *long[3:]]
+    *_, expected = model.reply([("adapter", short)], Sampling(temperature=0, max_new_tokens=20))
+    assert (answers.texts, expected.left_out) == (expected.texts, 0)
+
+
+def test_top_k_of_one_is_greedy_and_a_repetition_penalty_changes_the_answer(model: ChatModel) -> None:
+    def said(**values: float) -> str:
+        *_, last = model.reply([("adapter", turns("Question 3"))], Sampling(max_new_tokens=24, **values))  # type: ignore[arg-type]
+        return last.texts[0]
+
+    greedy = said(temperature=0)
+    assert said(temperature=2, top_p=1, top_k=1) == greedy
+    assert said(temperature=0, repetition_penalty=0.1) != greedy  # it repeats now
+    with pytest.raises(UserError, match="repetition_penalty is 0"):
+        Sampling(repetition_penalty=0)
+
+
+def spoken(page: Page, column: str = "#chat-tuned") -> list[str]:
+    return page.locator(f"{column} .message").all_inner_texts()
+
+
+def ask(page: Page, words: str) -> None:
+    page.locator("#chat-input textarea").fill(words)
+    page.locator("#chat-send").click()
+    expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
+    expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
+
+
+@pytest.mark.browser
+def test_a_conversation_is_retried_changed_taken_back_kept_over_a_reload_and_taken_away(browser: Browser, run: Run, tmp_path: Path) -> None:
+    with served(run.workspace.root) as app:
+        page = open_page(browser, app.url)
+        go(page, "Chat")
+        page.get_by_role("button", name="System prompt and sampling").click()
+        ask(page, "Question 1")
+        expect(page.locator("#chat-note")).to_contain_text("of 512")
+        expect(page.locator("#chat-note")).to_contain_text("seed 0")
+        column = page.locator("#chat-tuned")
+
+        column.get_by_label("Retry").last.click()
+        expect(page.locator("#chat-note")).to_contain_text("seed 1", timeout=MINUTE)
+        expect(page.locator("#chat-seed input")).to_have_value("1")
+        expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
+        expect(column.locator(".user")).to_have_count(1)
+
+        column.get_by_label("Edit").first.click()
+        column.locator("textarea").fill("Question 2")
+        column.get_by_label("Submit").click()
+        expect(column.locator(".user").first).to_contain_text("Question 2")
+        expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
+        expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
+        expect(column.locator(".user")).to_have_count(1)
+
+        page.reload()
+        go(page, "Chat")
+        expect(column.locator(".user").first).to_contain_text("Question 2")
+        with page.expect_download() as taken:
+            page.locator("#chat-json").click()
+        written = json.loads(Path(taken.value.path()).read_text("utf-8"))
+        assert written["run"] == run.id
+        assert [turn["role"] for turn in written["tuned"]] == ["user", "assistant"]
+
+        column.get_by_label("Undo").last.click()
+        expect(page.locator("#chat-input textarea")).to_have_value("Question 2")
+        expect(column.locator(".user")).to_have_count(0)
+        assert page.faults == []  # type: ignore[attr-defined]
