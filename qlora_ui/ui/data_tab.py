@@ -219,7 +219,7 @@ def shown(services: Services, config: RunConfig, seen: Look) -> list[Any]:
     """One look in the components of the page."""
     if seen.data is None:
         begun = [gr.skip(), gr.update(interactive=False), gr.update(visible=True)]
-        return [gr.skip(), markup.note(seen.doing), *begun, *[gr.skip()] * (3 + SLOTS)]
+        return [gr.skip(), data_markup.progress(seen), *begun, *[gr.skip()] * (3 + SLOTS)]
     report, lengths = seen.data.report, seen.lengths
     suggested = lengths.suggested_max_seq_len if lengths else config.data.max_seq_len
     return [
