@@ -124,7 +124,10 @@ class Workspace:
                 yield run
 
     def settle(self) -> list[Run]:
-        """Close the books of runs whose process is gone: a run without an end whose lock is free was interrupted."""
+        """Close the books of runs whose process is gone: a run without an end whose lock is free was interrupted.
+
+        One that was to be discarded is discarded.
+        """
         for left in self.runs.glob(DISCARDED + "*"):  # a kill while it was being deleted
             shutil.rmtree(left, ignore_errors=True)
         settled = []
@@ -134,6 +137,9 @@ class Workspace:
                 if run.state() == "running":
                     with run.lock().acquire(timeout=0):
                         if run.state() == "running":  # it may have ended between the two looks
+                            if run.wish() == "discard":
+                                run.discard()
+                                continue
                             run.put_result_back()
                             run.append(Interrupted(step=run.last_step()))
                             settled.append(run)

@@ -114,6 +114,14 @@ def test_settle_leaves_a_run_whose_process_lives_and_ends_it_after_a_kill(
     assert workspace.settle() == []
 
 
+def test_settle_does_what_a_killed_process_was_about_to_discard(workspace: Workspace, run: Run, holder: subprocess.Popen[str]) -> None:
+    run.ask("discard")
+    holder.kill()
+    holder.wait()
+    assert workspace.settle() == []
+    assert list(workspace.runs.iterdir()) == []
+
+
 def test_a_killed_run_is_not_taken_for_live(workspace: Workspace, run: Run, holder: subprocess.Popen[str]) -> None:
     assert workspace.live() == run
     holder.kill()
