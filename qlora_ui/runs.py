@@ -100,7 +100,7 @@ class Workspace:
     def get(self, run_id: str) -> Run:
         """The run of that id. Raises UserError when there is none, or when the id is no id."""
         run = Run(folder=self.runs / run_id)
-        if not RUN_ID.fullmatch(run_id) or not run.config_path.is_file():
+        if not RUN_ID.fullmatch(run_id) or not run.is_there():
             raise UserError(f"There is no run {run_id!r} in {self.runs}. List them with: python -m qlora_ui runs", field="run")
         return run
 
@@ -120,7 +120,7 @@ class Workspace:
     def _newest_first(self) -> Iterator[Run]:
         for name in sorted(os.listdir(self.runs) if self.runs.is_dir() else (), reverse=True):
             run = Run(folder=self.runs / name)
-            if RUN_ID.fullmatch(name) and run.config_path.is_file():
+            if RUN_ID.fullmatch(name) and run.is_there():
                 yield run
 
     def settle(self) -> list[Run]:
@@ -177,6 +177,10 @@ class Run:
     def adapter(self) -> Path:
         """The result. It is written aside and renamed: if it exists, it is complete."""
         return self.folder / "adapter"
+
+    def is_there(self) -> bool:
+        """Whether its folder has what makes it a run. One that is half deleted or half copied is none."""
+        return self.config_path.is_file() and self.events_path.is_file()
 
     def config(self) -> RunConfig:
         return RunConfig.from_dict(json.loads(self.config_path.read_text("utf-8")))

@@ -201,6 +201,14 @@ def test_a_run_that_cannot_be_written_down_leaves_no_folder(workspace: Workspace
     assert list(workspace.runs.iterdir()) == []
 
 
+@pytest.mark.parametrize("lost", ["config_path", "events_path"])
+def test_what_is_half_deleted_is_no_run(workspace: Workspace, run: Run, lost: str) -> None:
+    getattr(run, lost).unlink()
+    assert (workspace.all(), workspace.newest(), workspace.live(), workspace.settle()) == ([], None, None, [])
+    with pytest.raises(UserError, match="There is no run"):
+        workspace.get(run.id)
+
+
 def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace) -> None:
     assert workspace.newest() is None
     for stamp in ("20261122-100139", "20270101-000000", "20261122-100140"):
