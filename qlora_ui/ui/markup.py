@@ -21,7 +21,7 @@ def question(words: str) -> str:
 
 
 def status(progress: Progress | None, trouble: str = "") -> str:
-    """The run bar's line; `trouble` is what no event tells. What is announced changes with the phase, not with every step."""
+    """The run bar's line; `trouble` is what no event tells. What screen readers announce changes with the phase, not with every step."""
     if progress is None:
         return f'<div class="status" data-state="idle">{escape(trouble or "No run yet. Choose data, then start training.")}</div>'
     line = " · ".join(filter(None, [progress.status_line(), trouble]))
