@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from qlora_ui import presets
+from qlora_ui import export_cli, presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -82,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=200)
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(command=chat_command)
+
+    export_cli.add_parser(commands)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)

@@ -5,7 +5,8 @@ It is read in public, so it names no folder of this machine: a model or a data s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,40 @@ from qlora_ui.events import Event, HeldOut, Planned, Step
 NOT_LISTED = ("model", "revision", "data", "columns", "chat_template")
 
 
-def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], two_sided: bool) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a card lies beside: what the Hub is told of it, and what a person reads first and last."""
+
+    front: Mapping[str, Any]
+    title: str
+    words: str
+    loading: Callable[[str, str | None, RunConfig, bool], list[str]]
+    more: Sequence[str] = ()
+
+
+def text(
+    facts: Mapping[str, Any],
+    config: RunConfig,
+    events: Sequence[Event],
+    two_sided: bool,
+    form: Form | None = None,
+    base_licence: str = "",
+    picture: str = "",
+) -> str:
     """The card, with the YAML front matter that the Hub reads. `facts` is the run's `config.json`, `events` all that it told.
 
-    `two_sided` says that the base is an encoder-decoder.
+    `two_sided` says that the base is an encoder-decoder; `picture` is the file of a loss curve beside the card.
     """
     base, on_hub = base_name(facts, config)
     data, licence = data_name(config.data.data)
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["qlora", "lora", "base_model:adapter"]}
+    form = form or adapter_form(config)
+    front: dict[str, Any] = dict(form.front)
     if on_hub:
         front["base_model"] = base
     if is_hub(config.data.data):
         front["datasets"] = [hub.HubSet.parse(config.data.data).name]
+    if base_licence:
+        front["license"] = base_licence
     commit = facts.get("model_commit")
     return "\n".join(
         [
@@ -39,19 +62,21 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], t
             yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
             "---",
             "",
-            f"# LoRA adapter for {code(base)}",
+            f"# {form.title} {code(base)}",
             "",
-            f"Trained with QLoRA: the base is frozen in {config.quantization.quant_type.upper()}, the adapter is all that was learned.",
+            form.words,
             "",
-            f"- Base model: {code(base)}" + (f", commit {code(commit)}" if commit else ""),
+            f"- Base model: {code(base)}{f', commit {code(commit)}' if commit else ''}, licence {base_licence or 'not known'}",
             f"- Data: {code(data)}" + (f", licence {licence}" if licence else ", licence not known"),
             *losses(events),
+            *(["", f"![Held-out and training loss over the steps]({picture})"] if picture else []),
             "",
             "## How to load it",
             "",
             "```python",
-            *loading(base, commit, config, two_sided),
+            *form.loading(base, commit, config, two_sided),
             "```",
+            *form.more,
             "",
             "## Settings",
             "",
@@ -64,6 +89,16 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], t
             *(f"- {name} {version}" for name, version in facts.get("versions", {}).items()),
             "",
         ]
+    )
+
+
+def adapter_form(config: RunConfig) -> Form:
+    """The card of an adapter."""
+    return Form(
+        front={"library_name": "peft", "tags": ["qlora", "lora", "base_model:adapter"]},
+        title="LoRA adapter for",
+        words=f"Trained with QLoRA: the base is frozen in {config.quantization.quant_type.upper()}, the adapter is all that was learned.",
+        loading=loading,
     )
 
 

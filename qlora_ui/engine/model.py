@@ -254,7 +254,7 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
     try:
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with _watched_bars(emit, should_stop), plain_linears(kind._model_mapping.get(type(config), None)):
+        with watched_bars(emit, should_stop), plain_linears(kind._model_mapping.get(type(config), None)):
             model, loaded = kind.from_pretrained(
                 found.folder,
                 config=config,
@@ -337,8 +337,8 @@ def describe_storage(base: Any, quantization: QuantizationConfig) -> str:
 
 
 @contextlib.contextmanager
-def _watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
-    """Draw the progress bar of transformers' weight loading with events."""
+def watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
+    """Draw the progress bars of transformers' loading and saving of weights with events."""
     bar = reporting_bar(emit, should_stop, "tensors")
     previous = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: bar(*args, **kwargs))
     try:
