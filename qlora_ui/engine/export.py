@@ -53,16 +53,22 @@ class Exported:
 
 def export(wish: Export, emit: Emit, should_stop: ShouldStop) -> Exported:
     """Write what is wished for; it appears in one rename, complete and verified. Raises UserError, or Cancelled and leaves nothing."""
-    emit(Log(text=wish.weights.why))
+
+    def tell(event: Event) -> None:
+        if should_stop():  # whoever says something holds nothing half done that is not aside
+            raise Cancelled
+        emit(event)
+
+    tell(Log(text=wish.weights.why))
     if not (wish.weights.folder / WEIGHTS).is_file():
         raise UserError(f"{wish.weights.folder} has no {WEIGHTS}, and other formats can run code when loaded.", field="run")
-    found = find_base(wish.run, emit, should_stop)
-    emit(Log(text=f"Base: {found.public_name}, {found.origin}"))
+    found = find_base(wish.run, tell, should_stop)
+    tell(Log(text=f"Base: {found.public_name}, {found.origin}"))
     exports.check_space(wish.target, needed_bytes(wish, found), f"The {wish.kind}")
     write = {"adapter": write_adapter, "merged": write_merged, "folder": write_folder}[wish.kind]
     try:
         with exports.complete_or_absent(wish.target) as place:
-            verification = write(wish, found, place, emit, should_stop)
+            verification = write(wish, found, place, tell, should_stop)
             if should_stop():
                 raise Cancelled
     except Exception as error:
