@@ -215,8 +215,9 @@ def test_the_merge_itself_loses_nothing(taken: dict[str, Taken], name: str) -> N
 
 def test_a_model_quantized_again_is_what_it_was_quantized_to_and_says_how_far_that_is(taken: dict[str, Taken]) -> None:
     made, proof = taken["nf4"], taken["nf4"].report["verification"]
-    assert proof["largest_difference"] <= proof["tolerance"] < proof["from_trained"]
-    assert float((made.logits - made.trained).abs().max()) < 2 * proof["from_trained"]
+    assert proof["largest_difference"] <= proof["tolerance"]
+    assert proof["made_of"] == "its form quantized again"
+    assert 0 < proof["divergence"] < proof["divergence_without_adapter"] / 2  # of what was learned, most is left
     settings = json.loads((made.path / "config.json").read_text())["quantization_config"]
     assert (settings["bnb_4bit_quant_type"], settings["quant_method"]) == ("nf4", "bitsandbytes")
     assert made.report["bytes"] < taken["merged"].report["bytes"]
@@ -345,7 +346,7 @@ def test_too_small_a_disk_is_told_with_both_figures_and_nothing_is_left(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("moment", ["Base: ", "Merging", "Writing", "Verifying", "Quantizing"])
+@pytest.mark.parametrize("moment", ["Base: ", "Merging", "Writing", "Quantizing", "Verifying"])
 def test_a_cancelled_export_leaves_nothing(finished: Watched, tmp_path: Path, moment: str) -> None:
     wish = exports.plan(finished.run, "merged", str(tmp_path / "out" / "merged"), quantize=True)
     told: list[str] = []

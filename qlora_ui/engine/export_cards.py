@@ -14,9 +14,13 @@ from qlora_ui.exports import Export
 
 PICTURE = "loss.png"
 
-WHY = (
+WHY_DEQUANTIZED = (
     "The adapter learned to correct the rounded base, so it is merged into the dequantized base: the numbers that it was trained on. "
     "Merged into the original weights it would correct errors that those do not have."
+)
+WHY_ORIGINAL = (
+    "To be quantized again, the adapter is merged into the original weights: those of the dequantized base lie where NF4 rounds to, "
+    "so most of what the adapter adds to them would be rounded away."
 )
 GGUF = (
     "",
@@ -34,7 +38,7 @@ GGUF = (
 
 def merged_form(dtype: str, quantized: bool) -> card.Form:
     """The card of a merged model."""
-    stored = "Then it was quantized again to NF4, which rounds it once more." if quantized else ""
+    words = f"in {dtype}. {WHY_DEQUANTIZED}" if not quantized else f"quantized to NF4. {WHY_ORIGINAL}"
     return card.Form(
         front={
             "library_name": "transformers",
@@ -42,7 +46,7 @@ def merged_form(dtype: str, quantized: bool) -> card.Form:
             "base_model_relation": "finetune",
         },
         title="QLoRA fine-tune of",
-        words=f"Base and LoRA adapter in one, in {dtype}. {WHY} {stored}".strip(),
+        words=f"Base and LoRA adapter in one, {words}",
         loading=_loading,
         more=() if quantized else GGUF,
     )

@@ -43,16 +43,14 @@ def write_merged(wish: Export, found: Found, place: Path, emit: Emit, should_sto
     with watched_bars(emit, should_stop):
         merged = _merge(wish, found, place, emit, should_stop)
         give_memory_back()
+        if wish.quantize:
+            emit(Log(text="Quantizing it to NF4, as bitsandbytes stores it"))
+            said = _quantize(wish, found, place, merged)
+            give_memory_back()
+            emit(Log(text="Verifying it, loaded with plain transformers"))
+            return said.compare(_load(place, found, merged.stored))
         emit(Log(text="Verifying it, loaded with plain transformers"))
-        verification = merged.said.compare(_load(place, found, merged.compute), rounded_to=merged.stored)
-        if not wish.quantize:
-            return verification
-        emit(Log(text=verification.sentence()))
-        give_memory_back()
-        emit(Log(text="Quantizing it to NF4, as bitsandbytes stores it"))
-        said = _quantize(wish, found, place, merged, emit)
-        give_memory_back()
-        return said.compare(_load(place, found, merged.stored))
+        return merged.said.compare(_load(place, found, merged.compute), rounded_to=merged.stored)
 
 
 def _merge(wish: Export, found: Found, place: Path, emit: Emit, should_stop: ShouldStop) -> Merged:
@@ -61,24 +59,22 @@ def _merge(wish: Export, found: Found, place: Path, emit: Emit, should_stop: Sho
     said, compute = trained.reference(), torch_dtype(trained.hardware)
     stored = compute if compute.itemsize == 2 else torch.bfloat16
     name = str(stored).removeprefix("torch.")
-    emit(Log(text=f"Merging in {name}. {export_cards.WHY}"))
-    model = PeftModel.from_pretrained(dequantize(trained.model.unload(), emit, should_stop), wish.weights.folder)
-    if wish.run.config().quantization.quant_bits == "8":
+    emit(Log(text=f"Merging in {name}. {export_cards.WHY_ORIGINAL if wish.quantize else export_cards.WHY_DEQUANTIZED}"))
+    if wish.quantize:
+        trained = load_trained(wish.run, wish.weights.folder, found, emit, should_stop, quantized=False)
+        model = trained.model
+    else:
+        model = PeftModel.from_pretrained(dequantize(trained.model.unload(), emit, should_stop), wish.weights.folder)
+    if wish.run.config().quantization.quant_bits == "8" and not wish.quantize:
         said = said.after(model, "its dequantized form")
-        emit(
-            Log(
-                text="LLM.int8 also rounds what goes into a layer, which a merged model does not: "
-                f"that alone moves logits by up to {said.from_trained(said.logits):.2g}",
-                level="warning",
-            )
-        )
+        rounds = "LLM.int8 also rounds what goes into a layer, which a merged model does not"
+        emit(Log(text=f"{rounds}: that alone is {said.divergence(said.logits):.2g} nats a token from what was trained", level="warning"))
     whole = merge(model, stored, emit, should_stop)
     _let_it_end(whole, trained.tokenizer)
     emit(Log(text="Writing it"))
     whole.save_pretrained(place, max_shard_size=SHARD)
     trained.tokenizer.save_pretrained(place)
-    form = export_cards.merged_form(name, wish.quantize)
-    export_cards.write(wish, found, trained.two_sided, place, form)
+    export_cards.write(wish, found, trained.two_sided, place, export_cards.merged_form(name, wish.quantize))
     return Merged(said=said, stored=stored, compute=compute)
 
 
@@ -109,13 +105,11 @@ def _load(folder: Path, found: Found, dtype: torch.dtype, bits: BitsAndBytesConf
     )
 
 
-def _quantize(wish: Export, found: Found, place: Path, merged: Merged, emit: Emit) -> Reference:
+def _quantize(wish: Export, found: Found, place: Path, merged: Merged) -> Reference:
     """Put a 4-bit checkpoint in the place of the 16-bit one. Returns what it says while it is in memory."""
     bits = quantization_config(QuantizationConfig(double_quant=wish.run.config().quantization.double_quant), merged.stored)
     model = _load(place, found, merged.stored, bits)
     said = merged.said.after(model, "its form quantized again")
-    moved = said.from_trained(said.logits)
-    emit(Log(text=f"Quantizing again rounds again: it moves logits by up to {moved:.2g} from what was trained", level="warning"))
     aside = place.with_name("quantized")
     model.save_pretrained(aside, max_shard_size=SHARD)
     for path in list(place.iterdir()):

@@ -21,43 +21,47 @@ MOST_TOKENS = 128
 class Verification:
     """How far the logits of what was reloaded are from those of what it was made of, over `tokens` tokens of a fixed text.
 
-    `made_of` is what was trained, or what that was rounded to on purpose; then `from_trained` is larger. `adapter_effect` is
-    how far the base without its adapter is from what was trained: what is much smaller is no forgotten adapter.
+    `made_of` is what was trained, or what that was rounded to on purpose. `adapter_effect` is how far the base without its
+    adapter is from what was trained: what is much closer is no forgotten adapter. Divergences are from what was trained, the
+    mean over the tokens of how many nats the distribution of the next one is away (Kullback-Leibler).
     """
 
     largest_difference: float
     tolerance: float
     made_of: str
-    from_trained: float
     adapter_effect: float
+    divergence: float
+    divergence_without_adapter: float
     tokens: int
     device: str
 
     def sentence(self) -> str:
         return (
             f"Verified by reloading: over {self.tokens} tokens its logits differ from those of {self.made_of} "
-            f"by at most {self.largest_difference:.2g} on {self.device} (tolerance {self.tolerance:.2g}); "
-            f"without the adapter by {self.adapter_effect:.2g}"
+            f"by at most {self.largest_difference:.2g} on {self.device} (tolerance {self.tolerance:.2g}). "
+            f"It is {self.divergence:.2g} nats a token from what was trained; without the adapter it would be "
+            f"{self.divergence_without_adapter:.2g}"
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """What a model says to a text, to compare with later, when that model is gone."""
+    """What a model says to a text, to compare with later, when that model is gone; and what it said trained, and untrained."""
 
     ids: list[int]
     logits: torch.Tensor
     trained: torch.Tensor
-    adapter_effect: float
+    untrained: torch.Tensor
     made_of: str = "what was trained"
 
     def after(self, model: Any, made_of: str) -> Reference:
         """The same for what was made of that model."""
         return replace(self, logits=logits(model, self.ids), made_of=made_of)
 
-    def from_trained(self, said: torch.Tensor) -> float:
-        """How far logits are from those of what was trained."""
-        return float((said - self.trained).abs().max())
+    def divergence(self, said: torch.Tensor) -> float:
+        """Of what was trained from these logits."""
+        trained = self.trained.log_softmax(-1)
+        return float((trained.exp() * (trained - said.log_softmax(-1))).sum(-1).mean())
 
     def compare(self, model: Any, rounded_to: torch.dtype | None = None) -> Verification:
         """Raises UserError when the model's logits are further away than they may be. The model's weights are void afterwards.
@@ -80,8 +84,9 @@ class Reference:
             largest_difference=difference,
             tolerance=tolerance,
             made_of=self.made_of,
-            from_trained=self.from_trained(said),
-            adapter_effect=self.adapter_effect,
+            adapter_effect=float((self.untrained - self.trained).abs().max()),
+            divergence=self.divergence(said),
+            divergence_without_adapter=self.divergence(self.untrained),
             tokens=len(self.ids),
             device=str(model.device),
         )
@@ -102,8 +107,8 @@ def reference(model: Any, tokenizer: Any, new: Sequence[int]) -> Reference:
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *new][-most:]
     tuned = logits(model, ids)
     with model.disable_adapter():
-        effect = float((tuned - logits(model, ids)).abs().max())
-    return Reference(ids=ids, logits=tuned, trained=tuned, adapter_effect=effect)
+        untrained = logits(model, ids)
+    return Reference(ids=ids, logits=tuned, trained=tuned, untrained=untrained)
 
 
 def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,15 @@ def find_base(run: Run, emit: Emit, should_stop: ShouldStop) -> Found:
     return find(wish.model, revision, run.workspace.models, emit, should_stop, trusted=wish.trust_remote_code)
 
 
-def load_trained(run: Run, weights: Path, found: Found, emit: Emit, should_stop: ShouldStop) -> Trained:
-    """The model with the adapter in that folder. Raises UserError or Cancelled."""
+def load_trained(run: Run, weights: Path, found: Found, emit: Emit, should_stop: ShouldStop, quantized: bool = True) -> Trained:
+    """The model with the adapter in that folder. Raises UserError or Cancelled.
+
+    Not `quantized`, it is another model: the base's original weights, in the compute dtype and the machine's memory.
+    """
     quantization = run.config().quantization
     hardware = detect(quantization.compute_dtype)
+    if not quantized:
+        quantization, hardware = replace(quantization, quant_bits="16"), replace(hardware, kind="cpu")
     tokenizer: Any = AutoTokenizer.from_pretrained(weights, trust_remote_code=found.trusted)
     base = load_quantized(found, quantization, hardware, emit, should_stop)
     tokenizer.encoder_decoder = base.config.is_encoder_decoder
