@@ -82,7 +82,13 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=400)
     parser.add_argument("--trust-remote-code", action="store_true", help="let Python code that comes with the base model run")
     arguments = parser.parse_args()
-    model, tokenizer = load(arguments.base, arguments.trust_remote_code)
+    try:
+        model, tokenizer = load(arguments.base, arguments.trust_remote_code)
+    except OSError as error:
+        name = arguments.base or settings()["base"]
+        raise SystemExit(
+            f"The base model {name} cannot be had: {str(error).splitlines()[0]} Give a folder with a copy: --base FOLDER"
+        ) from error
     messages: list[dict[str, str]] = []
     while question := arguments.prompt or input("\n> "):
         messages.append({"role": "user", "content": question})

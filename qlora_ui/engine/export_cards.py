@@ -89,6 +89,8 @@ def write_folder_readme(wish: Export, found: Found, folder: Path) -> None:
     base, on_hub = card.base_name(wish.run.facts(), wish.run.config())
     where = "It is fetched from the Hugging Face Hub" if on_hub else "It was a folder of the machine that this was trained on: give yours"
     licence = base_licence(found)
+    index = "package index" in str(wish.run.facts().get("model_origin"))
+    differs = " It was trained on the copy of the package index, whose weights differ slightly from the Hub's." if index else ""
     lines = [
         f"# Chat with a LoRA adapter for {card.code(base)}",
         "",
@@ -97,7 +99,8 @@ def write_folder_readme(wish: Export, found: Found, folder: Path) -> None:
         '    python chat.py --prompt "Who are you?"',
         "",
         f"The base model is not in here. {where}, with `--base FOLDER` where there is a copy. "
-        + (f"Its licence: {licence}." if licence else "Its licence is on its page."),
+        + (f"Its licence: {licence}." if licence else "Its licence is on its page.")
+        + differs,
         "",
         "- `chat.py` loads the base in the bits of the training, puts the adapter on it, and asks in the prompt format of the training",
         "- `chat.json` says which base, which bits, and which tokens end an answer",
