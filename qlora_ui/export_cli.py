@@ -32,6 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     export.add_argument("--to", required=True, metavar="PATH", help="a new folder; for --adapter also a new .zip")
     export.add_argument("--checkpoint", type=int, metavar="STEP", help="the weights after that step (default: the result, else the newest)")
     export.add_argument("--quantize", choices=["nf4"], help="with --merged: quantize it again, as bitsandbytes stores it")
+    export.add_argument("--push", default="", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub too (token: HF_TOKEN or login)")
     export.add_argument("--json", action="store_true", help="print what was made as one JSON object")
     export.set_defaults(command=export_command)
 
@@ -40,7 +41,7 @@ def export_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Export, telling the way on the go. Ctrl-C leaves nothing."""
     workspace.settle()
     run = workspace.get(arguments.run)
-    wish = exports.plan(run, arguments.kind, arguments.to, arguments.checkpoint, arguments.quantize is not None)
+    wish = exports.plan(run, arguments.kind, arguments.to, arguments.checkpoint, arguments.quantize is not None, arguments.push)
     told = sys.stderr if arguments.json else sys.stdout
 
     def emit(event: Event) -> None:
@@ -53,14 +54,19 @@ def export_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
         try:
             emit(Log(text="Loading the libraries"))
             abandonable(lambda: importlib.import_module("qlora_ui.engine.export"), stop.is_set)
+            from qlora_ui.engine import push
             from qlora_ui.engine.export import export
 
+            if wish.repository:
+                push.check(wish.repository, stop.is_set)
             made = export(wish, emit, stop.is_set)
+            pushed = push.push(made.path, wish.repository, emit, stop.is_set) if wish.repository else ""
         except Cancelled:
-            print(f"Cancelled: nothing was written to {wish.target}.", file=sys.stderr)
+            done = f"{wish.target} is complete, but was not pushed" if wish.target.exists() else f"nothing was written to {wish.target}"
+            print(f"Cancelled: {done}.", file=sys.stderr)
             return CANCELLED
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(made), default=str))
+        print(json.dumps({**dataclasses.asdict(made), "pushed": pushed}, default=str))
     else:
         print(f"{made.verification.sentence()}\nWrote {made.path} ({exports.megabytes(made.bytes)})")
     return 0

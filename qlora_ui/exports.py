@@ -52,6 +52,8 @@ def plan(run: Run, kind: Kind, target: str, checkpoint: int | None = None, quant
     export = Export(run=run, kind=kind, weights=weights, target=free_target(target, run), quantize=quantize, repository=repository)
     if quantize and kind != "merged":
         raise UserError(f"--quantize is for --merged: the base of an exported {kind} is quantized when it is loaded.")
+    if repository and kind == "folder":
+        raise UserError("--push is for --adapter and --merged. A folder that chats is for a disk.")
     if export.is_zip and (kind != "adapter" or repository):
         raise UserError(f"{export.target} ends in .zip, but only an adapter that is not pushed can be one file. Choose a folder.")
     return export

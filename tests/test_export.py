@@ -237,6 +237,14 @@ def test_new_tokens_are_rows_of_the_merged_model(taken: dict[str, Taken]) -> Non
     assert config["vocab_size"] == len(tiny.tiny_tokenizer()) + 2
 
 
+def test_the_template_of_a_merged_model_is_plain_jinja_that_renders_the_same(taken: dict[str, Taken]) -> None:
+    assert "{% generation %}" in (taken["adapter"].path / "chat_template.jinja").read_text()
+    assert "generation %}" not in (taken["merged"].path / "chat_template.jinja").read_text()
+    assert taken["merged"].ids == taken["adapter"].ids
+    marked = "a {%- generation -%} b {%- endgeneration %} c{% if add_generation_prompt %}d{% endif %}"
+    assert export_merged.plain_template(marked) == "a {%- if true -%} b {%- endif %} c{% if add_generation_prompt %}d{% endif %}"
+
+
 def test_an_export_holds_no_pickle_and_nothing_of_trainers(taken: dict[str, Taken]) -> None:
     for made in taken.values():
         names = zipfile.ZipFile(made.path).namelist() if made.path.suffix else [path.name for path in made.path.rglob("*")]

@@ -113,7 +113,17 @@ def copy_adapter(wish: Export, trained: Trained, folder: Path, emit: Emit) -> No
     """What is in the run's adapter or checkpoint, without Trainer's own files, and a card of its own."""
     emit(Log(text="Copying the adapter"))
     shutil.copytree(wish.weights.folder, folder, ignore=lambda _, names: [name for name in names if name.endswith(TRAINERS_OWN)])
+    if wish.repository:
+        _hide_place(folder / "adapter_config.json")
     export_cards.write(wish, trained.found, trained.two_sided, folder)
+
+
+def _hide_place(config: Path) -> None:
+    """Of a base that is a folder of this machine, tell the public its last name only."""
+    written = json.loads(config.read_text("utf-8"))
+    base = Path(str(written.get("base_model_name_or_path")))
+    if base.is_absolute():
+        config.write_text(json.dumps({**written, "base_model_name_or_path": base.name}, indent=2) + "\n", "utf-8")
 
 
 def _zipped(place: Path) -> Path:

@@ -10,6 +10,7 @@ from qlora_ui import exports
 from qlora_ui.config import STARTER_MODEL, RunConfig
 from qlora_ui.engine import card, curve
 from qlora_ui.engine.model import Found
+from qlora_ui.engine.push import licence_of
 from qlora_ui.exports import Export
 
 PICTURE = "loss.png"
@@ -67,7 +68,9 @@ def write(wish: Export, found: Found, two_sided: bool, folder: Path, form: card.
     """The model card and its picture, of the weights that are exported: what the run learned later is not in it."""
     told = exports.events_behind(wish.weights, wish.run)
     picture = PICTURE if curve.draw(told, folder / PICTURE) else ""
-    text = card.text(wish.run.facts(), wish.run.config(), told, two_sided, form, base_licence(found), picture)
+    base, on_hub = card.base_name(wish.run.facts(), wish.run.config())
+    licence = base_licence(found) or (licence_of(base, lambda: False) if wish.repository and on_hub else "")
+    text = card.text(wish.run.facts(), wish.run.config(), told, two_sided, form, licence, picture)
     (folder / "README.md").write_text(text, "utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,9 +74,15 @@ def _merge(wish: Export, found: Found, place: Path, emit: Emit, should_stop: Sho
     _let_it_end(whole, trained.tokenizer)
     emit(Log(text="Writing it"))
     whole.save_pretrained(place, max_shard_size=SHARD)
+    trained.tokenizer.chat_template = plain_template(trained.tokenizer.chat_template)
     trained.tokenizer.save_pretrained(place)
     export_cards.write(wish, found, trained.two_sided, place, export_cards.merged_form(name, wish.quantize))
     return Merged(said=said, stored=stored, compute=compute)
+
+
+def plain_template(template: str) -> str:
+    """The same without the marks of what is trained: transformers' own tag, at which llama.cpp and others stop."""
+    return re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", re.sub(r"(\{%-?\s*)generation\b", r"\1if true", template))
 
 
 def _let_it_end(model: Any, tokenizer: Any) -> None:

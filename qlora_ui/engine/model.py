@@ -142,13 +142,13 @@ def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop, we
             field="model",
         ) from error
     except (HTTPError, OSError) as error:
-        raise UserError(f"{model} could not be fetched: {_hub_problem(error)}, or use a model on this machine.", field="model") from error
+        raise UserError(f"{model} could not be fetched: {hub_problem(error)}, or use a model on this machine.", field="model") from error
     if weights and not list(folder.glob("*.safetensors")):
         raise UserError(f"{model} has no safetensors weights; other formats can run code when loaded. Choose another model.", field="model")
     return Found(folder=folder, public_name=model, origin="the Hugging Face Hub", commit=folder.name)
 
 
-def _hub_problem(error: Exception) -> str:
+def hub_problem(error: Exception) -> str:
     """What stood in the way, and its remedy. The Hub client wraps most of it in "not in the cache either"."""
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
