@@ -66,6 +66,8 @@ class Hub:
         if path == "/api/repos/create":
             self.made = json.loads(body)
             return 200, {"url": f"{self.url}/me/guanaco"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
         if path == "/api/models/me/guanaco/preupload/main":
             files = json.loads(body)["files"]
             return 200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
