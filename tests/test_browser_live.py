@@ -56,16 +56,22 @@ def test_a_page_follows_a_run_in_place_and_goes_on_after_a_restart_of_its_server
         take_step(run, 7)
         expect(page.locator("#loss-plot")).to_have_attribute("data-points", "7")
         expect(page.locator("#log-box pre")).to_contain_text(re.compile("step 6 .*step 7 ", re.DOTALL))
+        page.get_by_text("More curves", exact=True).click()
+        expect(page.locator("[data-curve=tokens_per_second][data-points='7']")).to_contain_text("9")
+        take_step(run, 8)
+        expect(page.locator("[data-curve=learning_rate][data-points='8']")).to_contain_text("1.0e-4")
+        expect(page.locator("#tiles time")).to_have_text(re.compile(r"\d\d:\d\d"))
         expect(page.locator("#stop-button")).to_be_enabled()
         assert page.locator("#log-box pre").evaluate("box => box.childNodes.length") == run_lines(run)
 
         app.kill()
-        take_step(run, 8)
+        take_step(run, 9)
         with served(workspace.root, app.port):
-            says(page, "training 8/50")
-            expect(page.locator("#loss-plot")).to_have_attribute("data-points", "8")
-            run.append(Finished(step=8))
-            says(page, "Finished: 8 steps")
+            says(page, "training 9/50")
+            expect(page.locator("#loss-plot")).to_have_attribute("data-points", "9")
+            expect(page.locator("[data-curve=memory_gib]")).to_have_attribute("data-points", "9")
+            run.append(Finished(step=9))
+            says(page, "Finished: 9 steps")
             expect(page.locator("#stop-button")).to_be_disabled()
         assert page.faults == []  # type: ignore[attr-defined]
 

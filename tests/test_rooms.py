@@ -25,6 +25,7 @@ ROOMS = (
     "disk",
     "runs",
     "checkpoints",
+    "curves",
     "progress",
     "snapshots",
     "labels",
@@ -44,7 +45,7 @@ ROOMS = (
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "progress", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 

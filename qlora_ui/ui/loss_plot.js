@@ -119,9 +119,10 @@ function ticks(from, to, wanted, outwards = false) {
   return Array.from({ length: last - first + 1 }, (_, i) => ({ at: (first + i) * distance, digits }));
 }
 
-/** The same for a logarithmic axis, outwards: 1, 2 and 5 of each decade, their powers of ten alone where these are too many. */
+/** The same for a logarithmic axis: 1, 2 and 5 of each decade, their powers of ten alone where these are too many. */
 function logTicks(low, high, wanted) {
-  if (high / low < 4) return ticks(low, high, wanted, true).filter(({ at }) => at > 0);
+  const even = ticks(low, high, wanted);
+  if (high / low < 4 && even.length > 1) return even;
   const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
   const leading = (last - first) * 3 > 2 * wanted ? [1] : [1, 2, 5];
   const marks = Array.from({ length: last - first + 1 }, (_, i) => leading.map((n) => n * 10 ** (first + i))).flat();
@@ -239,9 +240,10 @@ function drawAxes(some) {
   const { left, right, bottom, to, from, x, y, width, lossTicks } = view;
   for (const { at, digits } of lossTicks) {
     const level = Math.round(y(at)) + 0.5;
-    line([[some ? left : 0, level], [some ? right : width, level]], look.grid, 1, level > bottom ? 1 : 0.55);
+    line([[some ? left : 0, level], [some ? right : width, level]], look.grid, 1, 0.55);
     if (some) text(at.toFixed(digits), left - 8, level, look.quiet, "right");
   }
+  line([[some ? left : 0, bottom + 0.5], [some ? right : width, bottom + 0.5]], look.grid);
   if (behind) text("The server does not answer. Trying again.", left + 8, bottom - 12, look.quiet);
   if (!some) return;
   text(chosen.log ? "loss, logarithmic" : "loss", 0, 8, look.quiet);

@@ -61,7 +61,14 @@ def tiles(progress: Progress | None) -> str:
         "memory": f"{last.memory_gib:.1f} GB" if last else "",
         "time left": duration(eta) if eta is not None else "",
     }
-    cells = "".join(f"<div><dt>{name}</dt><dd>{escape(value) or '–'}</dd></div>" for name, value in figures.items())
+    under = {
+        "held-out": f"best at {progress.best.step}" if progress and progress.best else "",
+        "time left": f'done <time data-at="{progress.done_at:.0f}"></time>' if progress and progress.done_at is not None else "",
+    }
+    cells = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(value) or '–'}</dd><dd class='under'>{under.get(name, '')}</dd></div>"
+        for name, value in figures.items()
+    )
     return f'<dl class="tiles">{cells}</dl>'
 
 

@@ -115,7 +115,7 @@ def loss_plot(curves: Curves) -> gr.HTML:
     """The plot of one run. Its value is {"run": run id or "", "version": a number that changes when the run has news}.
 
     The page then asks `curves(run_id, rewinds, stride, count, held_out_count)` for the points that it lacks and gets the fields of
-    a `progress.CurveDelta`. An unknown run is the business of `curves`.
+    a `curves.CurveDelta`. An unknown run is the business of `curves`.
     """
 
     def loss_points(cursor: list[Any]) -> dict[str, Any]:

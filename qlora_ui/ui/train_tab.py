@@ -14,7 +14,7 @@ from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import checks, sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, live, markup, settings_file
+from qlora_ui.ui import form, live, markup, more_curves, settings_file
 from qlora_ui.ui.plots import loss_plot
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
             plot = loss_plot(curves)
             log = gr.HTML(markup.log(), js_on_load=live.SHOW_NEWS, elem_id="log-box")
+            more_curves.build(services)
 
     return TrainTab(
         preset=preset,
