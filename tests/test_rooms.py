@@ -27,6 +27,7 @@ ROOMS = (
     "checkpoints",
     "curves",
     "progress",
+    "hints",
     "snapshots",
     "labels",
     "memory",
@@ -45,7 +46,7 @@ ROOMS = (
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 

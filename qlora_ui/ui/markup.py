@@ -72,6 +72,11 @@ def tiles(progress: Progress | None) -> str:
     return f'<dl class="tiles">{cells}</dl>'
 
 
+def hints(sentences: list[str]) -> str:
+    """The place under the tiles, as high with two hints as with none. Not announced: their figures move with every step."""
+    return f'<div class="hints" role="note" aria-label="Hints">{"".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)}</div>'
+
+
 NO_LOG = "What the run does is written here, line by line."
 
 

@@ -77,6 +77,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                 differences = gr.HTML(elem_id="resume-differences")
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
             tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
+            gr.HTML(markup.hints([]), js_on_load=live.SHOW_NEWS, elem_id="hints")
             plot = loss_plot(curves)
             log = gr.HTML(markup.log(), js_on_load=live.SHOW_NEWS, elem_id="log-box")
             more_curves.build(services)
