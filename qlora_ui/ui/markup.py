@@ -74,7 +74,8 @@ def tiles(progress: Progress | None) -> str:
 
 def hints(sentences: list[str]) -> str:
     """The place under the tiles, as high with two hints as with none. Not announced: their figures move with every step."""
-    return f'<div class="hints" role="note" aria-label="Hints">{"".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)}</div>'
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences) or '<p class="none">Nothing to point out so far.</p>'
+    return f'<div class="hints" role="note" aria-label="Hints">{said}</div>'
 
 
 NO_LOG = "What the run does is written here, line by line."
