@@ -1,5 +1,6 @@
 // The live loss plot: the body of gr.HTML's js_on_load, a function of (element, trigger, props, server, upload, watch).
 // It runs anew each time Gradio mounts the component: when its tab is first opened, when its column is shown again.
+// Words, hands and tools have files of their own, which follow this one in the same function.
 
 const find = (selector) => element.querySelector(selector);
 const host = element.closest("#loss-plot") ?? element; // carries the data attributes, for tests and scripts
@@ -347,111 +348,6 @@ function drawCrosshair() {
   const beside = at + 14 + tip.offsetWidth > view.width ? at - 14 - tip.offsetWidth : at + 14;
   tip.style.transform = `translate(${Math.max(0, beside)}px, ${view.top - 4}px)`;
 }
-
-// --- In words, for screen readers and whoever prefers a table; every four seconds at most ---
-
-let [described, describing] = [0, 0];
-
-function describe() {
-  [describing, described] = [0, Date.now()];
-  const [training, heldOut, low] = [plot.smooth.at(-1), plot.heldOut.at(-1), best()];
-  const parts = [`Loss curve: step ${whole(lastStep())} of ${whole(wholeRange()[1])}`];
-  if (training) parts.push(`training loss ${short(training[1])}`);
-  if (heldOut) parts.push(`held-out loss ${short(heldOut[1])}, best ${short(low[1])} at step ${whole(low[0])}`);
-  if (overfitFrom()) parts.push(`overfitting since step ${whole(overfitFrom()[0])}`);
-  if (behind) parts.push("the server does not answer");
-  canvas.setAttribute("aria-label", parts.length > 1 ? parts.join(", ") : empty.textContent);
-  if (details.open) fillTable();
-}
-
-/** At most `most` of a list, evenly, counted from its end so that the newest is always there. */
-const thin = (list, most) => list.filter((_, i) => (list.length - 1 - i) % Math.ceil(list.length / most) === 0);
-
-function fillTable() {
-  const heldOut = new Map(thin(plot.heldOut, 50));
-  const indexes = thin([...plot.train.keys()], 200 - heldOut.size);
-  const training = new Map(indexes.map((i) => [plot.train[i][0], [plot.train[i][1], plot.smooth[i][1]]]));
-  const steps = [...new Set([...training.keys(), ...heldOut.keys()])].sort((a, b) => b - a);
-  const cell = (tag, more) => Object.assign(document.createElement(tag), more);
-  const rows = steps.map((step) => {
-    const losses = [...(training.get(step) ?? [null, null]), heldOut.get(step) ?? null];
-    const row = cell("tr");
-    row.append(cell("th", { textContent: whole(step), scope: "row" }));
-    row.append(...losses.map((loss) => cell("td", { textContent: loss === null ? "" : exact(loss) })));
-    return row;
-  });
-  find("tbody").replaceChildren(...rows);
-  find("caption").textContent = `${whole(indexes.length)} of ${whole(plot.train.length)} training points, newest first`;
-}
-
-// --- Hands: pointer, touch, keyboard ---
-
-function zoomTo(a, b) {
-  const [start, end] = wholeRange();
-  const [from, to] = [Math.max(start, Math.min(a, b)), Math.min(end, Math.max(a, b))];
-  if (from <= start && to >= end) plot.zoom = null;
-  else if (lastBefore(plot.train, to) - lastBefore(plot.train, from) >= 2) plot.zoom = [from, to]; // less is an empty frame
-  schedule();
-}
-
-function leave() {
-  [cursor, drag] = [null, null];
-  schedule();
-}
-
-function showAll() {
-  [plot.zoom, drag] = [null, null];
-  schedule();
-}
-
-canvas.addEventListener("pointerdown", (event) => {
-  if (event.button || !plot.train.length) return;
-  cursor = view.step(event.offsetX);
-  schedule();
-  if (event.pointerType === "touch") return; // a finger reads the curve; if it zoomed, scrolling the page would too
-  canvas.setPointerCapture(event.pointerId);
-  drag = { from: event.offsetX, to: event.offsetX };
-});
-canvas.addEventListener("pointermove", (event) => {
-  cursor = view && view.step(event.offsetX);
-  if (drag) drag.to = event.offsetX;
-  schedule();
-});
-canvas.addEventListener("pointerup", () => {
-  if (drag && Math.abs(drag.to - drag.from) > 6) zoomTo(view.step(drag.from), view.step(drag.to));
-  drag = null;
-  schedule();
-});
-canvas.addEventListener("pointerleave", (event) => event.pointerType === "touch" || leave()); // a tapped point stays
-canvas.addEventListener("pointercancel", leave);
-canvas.addEventListener("blur", leave);
-canvas.addEventListener("dblclick", showAll);
-reset.addEventListener("click", () => (showAll(), canvas.focus()));
-
-canvas.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") return showAll();
-  const [from, to] = plot.zoom ?? wholeRange();
-  const [first, last] = [lastBefore(plot.train, from - 1e-9) + 1, lastBefore(plot.train, to)];
-  const [now, jump] = [cursor === null ? last + 1 : nearest(cursor), event.shiftKey ? 10 : 1];
-  const target = { ArrowLeft: now - jump, ArrowRight: now + jump, Home: first, End: last }[event.key];
-  const half = { "+": (to - from) / 4, "=": (to - from) / 4, "-": to - from }[event.key]; // of the range after zooming
-  if ((target === undefined && !half) || last < first || event.ctrlKey || event.metaKey || event.altKey) return;
-  event.preventDefault(); // or the page scrolls
-  if (half) return zoomTo((cursor ?? (from + to) / 2) - half, (cursor ?? (from + to) / 2) + half);
-  const i = Math.min(last, Math.max(first, target));
-  cursor = plot.train[i][0];
-  schedule();
-  const heldOut = plot.heldOut.find(([step]) => step === cursor);
-  find(".spoken").textContent =
-    `Step ${whole(cursor)}: training ${exact(plot.train[i][1])}, smoothed ${exact(plot.smooth[i][1])}` +
-    (heldOut ? `, held-out ${exact(heldOut[1])}` : "");
-});
-
-details.open = Boolean(window.lossPlotTable);
-details.addEventListener("toggle", () => {
-  window.lossPlotTable = details.open;
-  if (details.open) fillTable();
-});
 
 // --- What else calls for a new drawing: size, theme, another screen's pixels ---
 

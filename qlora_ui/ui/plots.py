@@ -10,7 +10,7 @@ import gradio as gr
 
 Curves = Callable[[str, int, int, int, int], dict[str, Any]]
 
-SCRIPTS = [Path(__file__).with_name(name) for name in ("loss_plot.js", "loss_plot_tools.js")]
+SCRIPTS = [Path(__file__).with_name(f"loss_plot{part}.js") for part in ("", "_words", "_hands", "_tools")]
 
 # Nothing in here depends on the value: Gradio compares the rendered text and leaves an unchanged one in the page alone,
 # so the canvas, the zoom and an opened table survive every update.
