@@ -26,7 +26,9 @@ ROOMS = (
     "runs",
     "checkpoints",
     "exports",
+    "curves",
     "progress",
+    "hints",
     "snapshots",
     "labels",
     "memory",
@@ -49,7 +51,7 @@ ROOMS = (
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "progress", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 

@@ -14,7 +14,7 @@ from qlora_ui.config import KNOBS
 from qlora_ui.data import sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, live, markup, planner, settings_file
+from qlora_ui.ui import form, live, markup, more_curves, planner, settings_file
 from qlora_ui.ui.plots import loss_plot
 
 FIRST_PRESET = "starter"
@@ -77,8 +77,10 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                 differences = gr.HTML(elem_id="resume-differences")
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
             tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
+            gr.HTML(markup.hints([]), js_on_load=live.SHOW_NEWS, elem_id="hints")
             plot = loss_plot(curves)
             log = gr.HTML(markup.log(), js_on_load=live.SHOW_NEWS, elem_id="log-box")
+            more_curves.build(services)
 
     return TrainTab(
         preset=preset,
