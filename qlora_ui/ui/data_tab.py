@@ -158,7 +158,9 @@ def build_reading(config: RunConfig) -> Reading:
         fetch_tokenizer = gr.Button("Fetch the tokenizer", size="sm", visible=False, elem_id="data-tokenizer")
 
     data_format.input(lambda: "", None, [mapping], **QUIET)  # the other format has other fields
-    prompt_format.change(lambda chosen: gr.update(visible=chosen == "custom"), [prompt_format], [template], **QUIET)
+    prompt_format.change(
+        lambda chosen: gr.update(visible=chosen == "custom"), [prompt_format], [template], trigger_mode="multiple", **QUIET
+    )
     return Reading(
         data_format=data_format,
         slots=slots,
