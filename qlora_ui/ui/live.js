@@ -54,7 +54,7 @@ window.showNews = () => {
     renew(place, fresh);
   }
   showLog();
-  window.showMoreCurves?.(shown.run);
+  window.showMoreCurves?.(shown.run, shown.version);
 };
 
 function sayAway() {

@@ -13,17 +13,23 @@ const say = {
   memory_gib: (memory) => `${memory.toFixed(1)} GB`,
 };
 
-window.showMoreCurves = async (run) => {
+/** `version` is that of the news; without one the points are asked for in any case. */
+window.showMoreCurves = async (run, version) => {
   if (!element.isConnected) return;
-  if (run !== more.run) more = startOver(run);
-  if (!details.open || !run) return draw();
+  if (run !== more.run) {
+    more = startOver(run);
+    draw();
+  }
+  if (!details.open || !run || (version && version === more.version)) return;
+  more.version = version;
   if (asking) return void (askAgain = true);
   [asking, askAgain] = [true, false];
   const known = Object.entries(more.curves).map(([name, { stride, points }]) => [name, [stride, points.length]]);
   const late = new Promise((resolve) => setTimeout(resolve, 20000));
   const answer = await Promise.race([server.more_points([run, more.rewinds, Object.fromEntries(known)]), late]);
   asking = false;
-  if (answer && run === more.run) take(answer); // a failed call answers undefined; the next news ask again
+  if (answer && run === more.run) take(answer);
+  else more.version = ""; // a failed call answers undefined; the next question asks again
   if (askAgain) window.showMoreCurves(more.run);
 };
 
