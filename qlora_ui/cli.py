@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_ui import plan_cli, presets
+from qlora_ui import export_cli, plan_cli, presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, reasons, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what memory a run would take, before it is started")
     plan_cli.add_arguments(plan)
     plan.set_defaults(command=plan_command)
+    export_cli.add_parser(commands)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from qlora_ui.engine.preview import Preview
 
 SAMPLE_ROWS = 1000
+OF_THE_SAMPLE = f"Lengths of the first {SAMPLE_ROWS:,} rows; "
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is known of a data set so far. `doing` says what is still going on.
+    """What is known of a data set so far. `doing` says what is still going on, `share_done` how far it is, 0 to 1, where that is known.
 
     Why there are no tokens: `no_tokens` when there is no tokenizer to count them with, `fault` when these rows cannot be written
     in this prompt format. `trouble` is what went wrong on the way without changing what is told.
@@ -39,6 +40,7 @@ class Look:
     preview: Preview | None = None
     lengths: LengthReport | None = None
     doing: str = ""
+    share_done: float | None = None
     no_tokens: str = ""
     fault: str = ""
     trouble: str = ""
@@ -109,23 +111,27 @@ class Inspector:
         return found or self._sets.put(self._set_key(data), checks.prepare(data, self._within))
 
     def look(self, config: RunConfig, fetch: bool = False) -> Generator[Look, None, None]:
-        """First what a sample of the rows shows, then all of them, then their tokens. Close it to cancel.
+        """First what a sample of the rows shows, and how long those are, then all of them. Close it to cancel.
 
         With `fetch` the model's tokenizer is fetched when it is not on this machine. Raises UserError.
         """
-        data = yield from self._read_on(config.data)
-        preview = self._previews.get(self._preview_key(config, data))
+        sample, data = yield from self._begin(config.data)
+        preview = self._previews.get(self._preview_key(config, data)) if data else None
         if preview is None:
             try:
-                tokenizer = yield from self._load_tokenizer(config, data, fetch)
+                tokenizer = yield from self._load_tokenizer(config, data or sample, fetch)
             except UserError as error:
+                data = data or (yield from self._read_on(config.data, sample, None))
                 yield Look(data=data, no_tokens=str(error))
                 return
+            sampled = yield from self._measure_sample(config, sample, data, tokenizer)
+            data = data or (yield from self._read_on(config.data, sample, sampled))
             try:
-                preview = yield from self._measure(config, data, tokenizer)
+                preview = yield from self._measure(config, data, tokenizer, sampled)
             except UserError as error:
                 yield Look(data=data, fault=str(error))
                 return
+            self._previews.put(self._preview_key(config, data), preview)
         yield Look(data=data, preview=preview, lengths=lengths(config, preview), trouble=" ".join(preview.troubles))
 
     def known(self, config: RunConfig) -> Look | None:
@@ -151,24 +157,32 @@ class Inspector:
             found = self._raw.put(key, [dict(row.values) for row in rows if row.values is not None])
         return found
 
-    def _read_on(self, data: DataConfig) -> Generator[Look, None, checks.DataSet]:
-        key, sample = self._set_key(data), None
+    def _begin(self, data: DataConfig) -> Generator[Look, None, tuple[checks.DataSet | None, checks.DataSet | None]]:
+        """The first rows, where there are more and some can be used; else all of them."""
+        key = self._set_key(data)
         found = self._sets.get(key)
         if found is not None:
-            return found
+            return None, found
+        first = watched(lambda should_stop, on_progress: checks.prepare(data, self._within, should_stop, on_progress, SAMPLE_ROWS))
         try:
-            first = watched(lambda should_stop, on_progress: checks.prepare(data, self._within, should_stop, on_progress, SAMPLE_ROWS))
-            sample = yield from _telling(first, None, "{:,} rows read …")
-            if sample.report.read < SAMPLE_ROWS:
-                return self._sets.put(key, sample)
-            self._samples.put(key, sample)
-        except checks.NothingKept:
-            pass  # the rows that can be used may come later
+            sample = yield from _telling(first, Look(data=None), "{:,} rows read …")
+        except checks.NothingKept as error:
+            if error.report.read < SAMPLE_ROWS:
+                raise
+            return None, (yield from self._read_on(data, None, None))  # the rows that can be used may come later
+        if sample.report.read < SAMPLE_ROWS:
+            return None, self._sets.put(key, sample)
+        self._samples.put(key, sample)
         yield Look(data=sample, doing=f"These are the first {SAMPLE_ROWS:,} rows, reading on …")
-        reading = watched(lambda should_stop, on_progress: checks.prepare(data, self._within, should_stop, on_progress))
-        return self._sets.put(key, (yield from _telling(reading, sample, "{:,} rows read …")))
+        return sample, None
 
-    def _load_tokenizer(self, config: RunConfig, data: checks.DataSet, fetch: bool) -> Generator[Look, None, Any]:
+    def _read_on(
+        self, data: DataConfig, sample: checks.DataSet | None, sampled: LengthReport | None
+    ) -> Generator[Look, None, checks.DataSet]:
+        reading = watched(lambda should_stop, on_progress: checks.prepare(data, self._within, should_stop, on_progress))
+        return self._sets.put(self._set_key(data), (yield from _telling(reading, Look(data=sample, lengths=sampled), "{:,} rows read …")))
+
+    def _load_tokenizer(self, config: RunConfig, data: checks.DataSet | None, fetch: bool) -> Generator[Look, None, Any]:
         yield Look(data=data, doing="Loading the tokenizer …")
         from qlora_ui.engine import model
 
@@ -178,26 +192,37 @@ class Inspector:
             raise UserError(f"{named.model} is not on this machine yet, so its tokens cannot be counted.", field="model")
         if found is None:
             fetching = watched(lambda stop, told: model.find(named.model, named.revision, models, _bytes(told), stop, weights=False))
-            found = yield from _telling(fetching, data, "{:,} bytes of the tokenizer fetched …")
+            found = yield from _telling(fetching, Look(data=data), "{:,} bytes of the tokenizer fetched …")
         return model.load_tokenizer(found)
 
-    def _measure(self, config: RunConfig, data: checks.DataSet, tokenizer: Any) -> Generator[Look, None, Preview]:
+    def _measure_sample(
+        self, config: RunConfig, sample: checks.DataSet | None, data: checks.DataSet | None, tokenizer: Any
+    ) -> Generator[Look, None, LengthReport | None]:
+        """How long the first of many rows are; None when there are few, or when they cannot be written, which is told of them all."""
+        if data is not None and len(data.conversations) > SAMPLE_ROWS:
+            report = replace(data.report, fingerprint=f"{data.report.fingerprint} {SAMPLE_ROWS}")
+            sample = checks.DataSet(conversations=data.conversations[:SAMPLE_ROWS], report=report)
+        if sample is None:
+            return None
+        try:
+            preview = yield from self._measure(config, sample, tokenizer)
+        except UserError:
+            return None
+        sampled = lengths(config, preview)
+        yield Look(data=data or sample, lengths=sampled, doing=f"{OF_THE_SAMPLE}going on …")
+        return sampled
+
+    def _measure(
+        self, config: RunConfig, data: checks.DataSet, tokenizer: Any, sampled: LengthReport | None = None
+    ) -> Generator[Look, None, Preview]:
         from qlora_ui.engine import preview as previews
         from qlora_ui.engine import tokens
 
         tokens.add_new(tokenizer, config.data.new_tokens)
         tokens.set_prompt_format(tokenizer, config.data.prompt_format, config.data.chat_template)
-        cache = self._workspace.root / "cache"
-
-        def measure(rows: tuple[checks.Conversation, ...], fingerprint: str) -> Generator[int, None, Preview]:
-            return watched(lambda stop, told: previews.open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
-
-        if len(data.conversations) > SAMPLE_ROWS:
-            few = data.conversations[:SAMPLE_ROWS]
-            sample = yield from _telling(measure(few, f"{data.report.fingerprint} {SAMPLE_ROWS}"), data, "{:,} rows measured …")
-            yield Look(data=data, lengths=lengths(config, sample), doing=f"Lengths of the first {SAMPLE_ROWS:,} rows, measuring on …")
-        whole = yield from _telling(measure(data.conversations, data.report.fingerprint), data, "{:,} rows measured …")
-        return self._previews.put(self._preview_key(config, data), whole)
+        cache, rows, fingerprint = self._workspace.root / "cache", data.conversations, data.report.fingerprint
+        work = watched(lambda stop, told: previews.open_preview(tokenizer, rows, fingerprint, config.data, cache, stop, told))
+        return (yield from _telling(work, Look(data=data, lengths=sampled), "{:,} rows measured …", len(rows)))
 
     def _set_key(self, data: DataConfig) -> Hashable:
         return data.data, _stamp(data.data), data.data_format, data.columns, data.held_out_split
@@ -222,11 +247,13 @@ def _stamp(reference: str) -> tuple[tuple[str, float, int], ...]:
         return ()
 
 
-def _telling(progress: Generator[int, None, Value], data: checks.DataSet | None, words: str) -> Generator[Look, None, Value]:
-    """The result of watched work, its progress told on the way."""
+def _telling(progress: Generator[int, None, Value], known: Look, words: str, total: int = 0) -> Generator[Look, None, Value]:
+    """The result of watched work, its progress told on the way beside what is known so far."""
     try:
         while True:
-            yield Look(data=data, doing=words.format(next(progress)))
+            done = next(progress)
+            told = (OF_THE_SAMPLE if known.lengths else "") + words.format(done)
+            yield replace(known, doing=told, share_done=done / total if total else None)
     except StopIteration as end:
         value: Value = end.value
         return value

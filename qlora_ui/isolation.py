@@ -19,13 +19,14 @@ from filelock import FileLock
 from qlora_ui import resuming
 from qlora_ui.disk import trouble_with_disk
 from qlora_ui.errors import UserError
-from qlora_ui.events import Phase
+from qlora_ui.events import Log, Phase
 from qlora_ui.execution import break_off, end_as_asked, pause
 from qlora_ui.progress import duration
 from qlora_ui.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 1800.0  # one micro-batch of a large model on a CPU takes minutes
+DISCARD_SECONDS = 10.0  # without a sign of life: of what is to be deleted, nothing can be lost
 TAIL_BYTES = 4000
 
 
@@ -65,6 +66,7 @@ def execute(run: Run, checkpoint: Path | None, locks: Sequence[FileLock], grace_
         return
     tail = said.read_bytes()[-TAIL_BYTES:].decode("utf-8", "replace")
     if run.is_asked():
+        run.append(Log(text=f"{why}.", level="warning"))
         end_as_asked(run)
         return
     if "SIGKILL" in tail:
@@ -84,6 +86,7 @@ def command(run: Run, checkpoint: Path | None) -> list[str]:
     # The launcher would give it one thread.
     settings = ["--dynamo_backend=no", f"--num_cpu_threads_per_process={os.environ.get('OMP_NUM_THREADS') or os.cpu_count()}"]
     worker = ["-m", "qlora_ui.worker", "--home", str(run.workspace.root), "--run", run.id]
+    worker.append(f"--most-silent-seconds={GRACE_SECONDS + 60}")  # by then nobody is here who ends it
     return [*launcher, *settings, *worker, *(["--checkpoint", checkpoint.name] if checkpoint else [])]
 
 
@@ -108,6 +111,8 @@ def wait(process: subprocess.Popen[bytes], run: Run, grace_seconds: float) -> st
                 return "Its folder is gone"
             if run.is_asked() and not any(isinstance(event, Phase) for event in run.read(before)[0]):
                 return "It was ended before it had begun"
+            if run.wish() == "discard" and run.silent_seconds() > DISCARD_SECONDS:
+                return "It was ended to be discarded"
             if run.silent_seconds() > grace_seconds:
                 return f"It gave no sign of life for {duration(grace_seconds)}, so its process was ended"
     finally:

@@ -117,9 +117,9 @@ class Jobs:
 
     def discard(self, run: Run) -> None:
         """End the run and delete it, with all that it made."""
+        self.workspace.settle()
         if not run.folder.is_dir():
             return  # somebody else was quicker
-        self.workspace.settle()
         run.ask("discard")
         if run.state() != "running":
             with self._hold(run):

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from qlora_ui import labels
 from qlora_ui.config import RunConfig
+from qlora_ui.curves import Point
 from qlora_ui.data import sources
 from qlora_ui.errors import UserError
 from qlora_ui.events import State
-from qlora_ui.progress import Point, Progress
+from qlora_ui.progress import Progress
 from qlora_ui.runs import STAMP, Run, Workspace
 
 SPARK_POINTS = 40

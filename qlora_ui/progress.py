@@ -9,10 +9,10 @@ import statistics
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qlora_ui.curves import Curve, CurveDelta, Point, highest, lowest
 from qlora_ui.events import (
     AdapterSaved,
     Asked,
@@ -50,71 +50,11 @@ WISH_WORDS: dict[Wish, str] = {"pause": "pausing", "stop": "stopping", "discard"
 ASKED_WORDS: dict[Wish, str] = {"pause": "A pause", "stop": "Stop", "discard": "Discarding the run"}
 RESUMABLE: tuple[State, ...] = ("paused", "interrupted", "failed")
 
-
-Point = tuple[int, float]
-
-
-def mean(points: Sequence[Point]) -> Point:
-    """Neighbours as one point, at the step of the last."""
-    return points[-1][0], sum(value for _, value in points) / len(points)
-
-
-def lowest(points: Sequence[Point]) -> Point:
-    """The neighbour that stands for the others, so that the best of all stays."""
-    return min(points, key=lambda point: point[1])
-
-
-class Curve:
-    """A curve of at most `limit` points. When it is full, neighbours are joined in pairs and the stride doubles."""
-
-    def __init__(self, limit: int = 600, join: Callable[[Sequence[Point]], Point] = mean) -> None:
-        self.limit = limit - limit % 2  # halved in pairs, so that no point is left over
-        self.join = join
-        self.stride = 1
-        self.points: list[Point] = []
-        self._bucket: list[Point] = []
-
-    def add(self, step: int, value: float) -> None:
-        """Append a value at a step greater than all before."""
-        self._bucket.append((step, value))
-        if len(self._bucket) < self.stride:
-            return
-        self.points.append(self.join(self._bucket))
-        self._bucket = []
-        if len(self.points) >= self.limit:
-            self.points = [self.join(pair) for pair in zip(self.points[::2], self.points[1::2], strict=False)]
-            self.stride *= 2
-
-    def rewind(self, step: int) -> None:
-        """Forget all after a step."""
-        self.points = [point for point in self.points if point[0] <= step]
-        self._bucket = []
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"stride": self.stride, "points": self.points, "bucket": self._bucket}
-
-    def set_from(self, written: Mapping[str, Any]) -> None:
-        """Go on from what `to_dict` gave."""
-        self.stride = written["stride"]
-        self.points, self._bucket = ([(step, value) for step, value in written[name]] for name in ("points", "bucket"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveDelta:
-    """What a plot lacks that has seen `count` points of stride `stride` since `rewinds`; it starts over when `restart` is true."""
-
-    restart: bool
-    rewinds: int
-    stride: int
-    count: int
-    train: list[Point]
-    held_out: list[Point]
-    total_steps: int
-
-
 EVENTS = ("phase_progress", "planned", "last", "best", "best_checkpoint", "failure", "end")
-CURVES = ("train", "held_out_curve")
-QUEUES = ("log", "_step_seconds")
+MORE_CURVES = ("learning_rate", "grad_norm", "tokens_per_second", "memory_gib")
+"""What every step says beside its loss."""
+CURVES = ("train", "held_out_curve", *MORE_CURVES)
+QUEUES = ("log", "_step_seconds", "grad_norms")
 
 
 class Progress:
@@ -135,6 +75,10 @@ class Progress:
         self.skipped: list[int] = []
         self.train = Curve()
         self.held_out_curve = Curve(300, lowest)
+        self.learning_rate, self.tokens_per_second = Curve(200), Curve(200)
+        self.grad_norm, self.memory_gib = Curve(200, highest), Curve(200, highest)
+        self.grad_norms: deque[float] = deque(maxlen=100)
+        self.held_out_rises = 0
         self.rewinds = 0
         self.log: deque[str] = deque(maxlen=60)
         self.logged = 0
@@ -189,6 +133,11 @@ class Progress:
         pace = self.seconds_a_step
         return None if self.state != "running" or pace is None else pace * (self.total_steps - self.step)
 
+    @property
+    def done_at(self) -> float | None:
+        """When the training will have ended by the pace of now, in seconds since 1970; None while that is not known."""
+        return None if self.eta_seconds is None or self.last is None else self.last.time + self.eta_seconds
+
     def add(self, event: Event) -> None:
         """Take in the next event."""
         if event.state is not None:
@@ -209,8 +158,15 @@ class Progress:
             if event.loss is not None:
                 self.loss = event.loss
                 self.train.add(event.step, event.loss)
+            for name in MORE_CURVES:
+                if (value := getattr(event, name)) is not None:
+                    getattr(self, name).add(event.step, value)
+            if event.grad_norm is not None:
+                self.grad_norms.append(event.grad_norm)
         elif isinstance(event, HeldOut):
             self._add_held_out(event)
+            rose = self.held_out_loss is not None and event.loss > self.held_out_loss
+            self.held_out_rises = self.held_out_rises + 1 if rose else 0
             self.held_out_loss, self.measured_at = event.loss, event.step
             self.best = event if self.best is None or event.loss < self.best.loss else self.best
             self._step_began = None  # the time of an evaluation is not the pace of a step
@@ -247,8 +203,10 @@ class Progress:
         self._resumed_at = step
         self.phase, self.phase_progress = "", None
         self.last = self.failure = self.end = self.asked = None
-        self.train.rewind(step)
-        self.held_out_curve.rewind(step)
+        for name in CURVES:
+            getattr(self, name).rewind(step)
+        self.grad_norms.clear()
+        self.held_out_rises = 0
         self.skipped = [skipped for skipped in self.skipped if skipped <= step]
         self.loss = self.train.points[-1][1] if self.train.points else None
         self.measured_at, self.held_out_loss = self.held_out[-1] if self.held_out else (0, None)
@@ -331,6 +289,13 @@ class Progress:
             held_out=self.held_out[0 if restart else held_out_count :],
             total_steps=self.total_steps,
         )
+
+    def more_since(self, rewinds: int, known: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Of each of MORE_CURVES what a plot lacks that has `known[name]` = (stride, count) of it after `rewinds`."""
+        lacks = {
+            name: getattr(self, name).since(*(known[name] if rewinds == self.rewinds and name in known else (0, 0))) for name in MORE_CURVES
+        }
+        return {"rewinds": self.rewinds, "total_steps": self.total_steps, "curves": lacks}
 
 
 def fold(name: str, events: Iterable[Event]) -> Progress:

@@ -100,7 +100,7 @@ class Workspace:
     def get(self, run_id: str) -> Run:
         """The run of that id. Raises UserError when there is none, or when the id is no id."""
         run = Run(folder=self.runs / run_id)
-        if not RUN_ID.fullmatch(run_id) or not run.config_path.is_file():
+        if not RUN_ID.fullmatch(run_id) or not run.is_there():
             raise UserError(f"There is no run {run_id!r} in {self.runs}. List them with: python -m qlora_ui runs", field="run")
         return run
 
@@ -120,11 +120,14 @@ class Workspace:
     def _newest_first(self) -> Iterator[Run]:
         for name in sorted(os.listdir(self.runs) if self.runs.is_dir() else (), reverse=True):
             run = Run(folder=self.runs / name)
-            if RUN_ID.fullmatch(name) and run.config_path.is_file():
+            if RUN_ID.fullmatch(name) and run.is_there():
                 yield run
 
     def settle(self) -> list[Run]:
-        """Close the books of runs whose process is gone: a run without an end whose lock is free was interrupted."""
+        """Close the books of runs whose process is gone: a run without an end whose lock is free was interrupted.
+
+        One that was to be discarded is discarded.
+        """
         for left in self.runs.glob(DISCARDED + "*"):  # a kill while it was being deleted
             shutil.rmtree(left, ignore_errors=True)
         settled = []
@@ -134,6 +137,9 @@ class Workspace:
                 if run.state() == "running":
                     with run.lock().acquire(timeout=0):
                         if run.state() == "running":  # it may have ended between the two looks
+                            if run.wish() == "discard":
+                                run.discard()
+                                continue
                             run.put_result_back()
                             run.append(Interrupted(step=run.last_step()))
                             settled.append(run)
@@ -171,6 +177,10 @@ class Run:
     def adapter(self) -> Path:
         """The result. It is written aside and renamed: if it exists, it is complete."""
         return self.folder / "adapter"
+
+    def is_there(self) -> bool:
+        """Whether its folder has what makes it a run. One that is half deleted or half copied is none."""
+        return self.config_path.is_file() and self.events_path.is_file()
 
     def config(self) -> RunConfig:
         return RunConfig.from_dict(json.loads(self.config_path.read_text("utf-8")))

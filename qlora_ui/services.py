@@ -20,6 +20,7 @@ from qlora_ui import checkpoints, isolation, presets, snapshots
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
 from qlora_ui.data.formats import Message
+from qlora_ui.disk import telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, State
 from qlora_ui.inspection import Inspector
@@ -162,6 +163,8 @@ class Services:
                 "--set trust_remote_code=true, or write a preset file for it.",
                 field="trust_remote_code",
             )
+        if self.workspace.live() is None:
+            _wait_for(self.workspace.lease())
         run = self.jobs.start(config, isolated=isolated)
         self._isolated[run.id] = isolated
         return run
@@ -173,7 +176,8 @@ class Services:
             return
         if live is None:
             _wait_for(run.lock(), self.workspace.lease())
-            run.beat()  # its last sign of life is as old as its rest
+            with telling_trouble(run.folder):
+                run.beat()  # its last sign of life is as old as its rest
         self.jobs.resume(run, changes, isolated=isolated)
         self._isolated[run.id] = isolated
 
@@ -181,7 +185,8 @@ class Services:
         """End the run and keep its adapter, also that of a run that rests. Twice is no error. Raises UserError when it is in use."""
         if run.state() != "running":
             _wait_for(run.lock())
-            run.beat()
+            with telling_trouble(run.folder):
+                run.beat()
         self.jobs.stop(run)
 
     def discard(self, run: Run) -> None:
@@ -309,7 +314,7 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
 def _wait_for(*locks: FileLock) -> None:
     """A process of its own holds its locks for some seconds after its last word. Who holds them longer is somebody else."""
     for lock in locks:
-        with contextlib.suppress(Timeout), lock.acquire(timeout=PARTING_SECONDS):
+        with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=PARTING_SECONDS):
             pass
 
 

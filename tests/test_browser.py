@@ -247,6 +247,7 @@ def test_the_reading_of_a_large_file_can_be_cancelled(page: Page, tmp_path: Path
         file.writelines(json.dumps({"prompt": f"Question {n}?", "completion": f"Answer {n}. " * 20}) + "\n" for n in range(40_000))
     use_tiny_model(page)
     upload(page, tmp_path / "large.jsonl")
+    expect(page.locator("#data-summary progress")).to_be_visible(timeout=MINUTE)
     page.locator("#data-cancel").click(timeout=MINUTE)
     expect(page.locator("#data-summary")).to_contain_text("Cancelled. Choose the data again to read it.")
     expect(page.locator("#data-cancel")).to_be_hidden()

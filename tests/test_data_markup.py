@@ -11,6 +11,7 @@ from qlora_ui.data.checks import Conversation
 from qlora_ui.data.formats import Message
 from qlora_ui.data.lengths import Counts
 from qlora_ui.engine.preview import Piece, RowView
+from qlora_ui.inspection import Look
 from qlora_ui.ui import data_markup
 
 
@@ -24,6 +25,12 @@ def test_a_row_of_very_many_turns_or_pieces_is_shown_in_part_and_says_so() -> No
     shown = data_markup.token_view([view])
     assert shown.count("&lt;b&gt;") == data_markup.SHOWN_PIECES
     assert "49,600 more pieces are not shown here" in shown
+
+
+def test_what_is_going_on_has_a_bar_that_shows_how_far_it_is_where_that_is_known() -> None:
+    assert '<progress aria-label="9 rows read …"></progress>' in data_markup.progress(Look(data=None, doing="9 rows read …"))
+    assert 'value="0.250"' in data_markup.progress(Look(data=None, doing="<b>", share_done=0.25))
+    assert "<b>" not in data_markup.progress(Look(data=None, doing="<b>", share_done=0.25))
 
 
 def test_what_a_max_length_costs_is_said_in_one_sentence() -> None:

@@ -80,7 +80,7 @@ def losses(run: Any) -> list[float]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["llama", "falcon", "opt", "t5"])
-@pytest.mark.parametrize("dtype", ["float32", "auto", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_architecture_learns_on_a_gpu(workspace: Workspace, rows: Path, name: str, dtype: str) -> None:
     architectures.build(workspace.models / name, name)
     run = tiny.tiny_run(workspace, rows, model=name, max_steps=12, learning_rate=0.03, warmup_ratio=0, compute_dtype=dtype)

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from qlora_ui import disk
+from qlora_ui import disk, services
 from qlora_ui.checkpoints import damage
 from qlora_ui.cli import main
 from qlora_ui.disk import trouble_with_disk
@@ -263,6 +263,8 @@ def test_in_a_read_only_workspace_the_app_opens_and_every_start_is_a_sentence(wo
         assert workspace.live() is None
         with pytest.raises(UserError, match=r"is read-only\. Make it writable, then start again"):
             Jobs(workspace).start(tiny.tiny_config(rows))
+        with pytest.raises(UserError, match=r"is read-only\. Make it writable, then resume"):
+            services.build(workspace, services.WarmUp()).resume(killed)  # as the page does
     for folder in (workspace.root, workspace.runs, killed.folder):
         folder.chmod(0o700)
     assert workspace.settle() == [killed]
@@ -302,7 +304,6 @@ def test_no_lock_brings_a_deleted_folder_back(workspace: Workspace, rows: Path) 
 def test_the_page_goes_on_when_the_run_it_shows_is_deleted(
     workspace: Workspace, rows: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_ui import services
     from qlora_ui.ui.app import glance, redraw
     from qlora_ui.ui.live import News
 

@@ -252,4 +252,5 @@ def test_a_model_of_the_hub_trains_and_its_adapter_names_it(workspace: Workspace
     jobs.execute(run, train)
     assert run.state() == "finished"
     assert (run.facts()["model_origin"], run.facts()["model_commit"]) == ("the Hugging Face Hub", COMMIT)
-    assert json.loads((run.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "o/good"
+    written = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("o/good", COMMIT)

@@ -54,7 +54,7 @@ def test_a_small_set_is_told_at_once_with_its_tokens(inspector: Inspector, tmp_p
 
 def test_a_large_set_is_told_from_a_sample_first(inspector: Inspector, tmp_path: Path) -> None:
     looks = list(inspector.look(config(many(tmp_path / "a.jsonl", SAMPLE_ROWS + 500))))
-    first, final = looks[0], looks[-1]
+    first, final = next(seen for seen in looks if seen.data), looks[-1]
     assert first.data is not None
     assert final.data is not None
     assert (first.data.report.read, final.data.report.read) == (SAMPLE_ROWS, SAMPLE_ROWS + 500)
@@ -64,6 +64,9 @@ def test_a_large_set_is_told_from_a_sample_first(inspector: Inspector, tmp_path:
     assert final.lengths is not None
     assert (sampled.lengths.rows, final.lengths.rows) == (SAMPLE_ROWS, SAMPLE_ROWS + 500)
     assert sampled.doing != final.doing == ""
+    assert sampled.data == first.data  # lengths do not wait until all rows are read
+    after = looks[looks.index(sampled) :]
+    assert all(seen.lengths and seen.doing.startswith("Lengths of the first 1,000 rows; ") for seen in after[:-1])
 
 
 def test_rows_that_can_be_used_may_come_after_the_sample(inspector: Inspector, tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_a_source_that_keeps_its_first_rows_back_can_be_cancelled(inspector: Ins
 
     monkeypatch.setattr("qlora_ui.data.sources.read", slow)
     looks = inspector.look(config("somebody/slow"))
-    assert next(looks) == Look(data=None, doing="0 rows read …")
+    assert next(looks) == Look(data=None, doing="0 rows read …")  # how many there are is not known: no share of them
     looks.close()
     assert stopped.wait(10)
 

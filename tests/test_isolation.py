@@ -148,6 +148,35 @@ def test_a_wedged_process_is_ended_after_a_grace_time_with_all_that_it_started(t
     comes_true(lambda: is_dead(child))
 
 
+def test_a_wedged_process_that_is_to_be_discarded_is_ended_soon(
+    tiny_workspace: Workspace, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "DISCARD_SECONDS", 0.1)
+    run = tiny.tiny_run(tiny_workspace, rows)
+    run.beat()
+
+    def begin_and_ask() -> None:
+        run.append(Phase(name="training"))
+        run.ask("discard")
+
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        threading.Timer(0.2, begin_and_ask).start()
+        assert isolation.wait(process, run, grace_seconds=600) == "It was ended to be discarded"
+
+
+HANGS = """
+import sys, threading
+from qlora_ui.worker import ended_when_silent
+ended_when_silent(lambda *_: threading.Event().wait(), 0.2)(None, print, lambda: False, None)
+"""
+
+
+def test_a_worker_that_hangs_ends_itself_also_when_who_started_it_is_gone() -> None:
+    ended_itself = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended_itself.returncode == 1
+    assert "in watched" in ended_itself.stderr
+
+
 @pytest.mark.parametrize("wish", ["pause", "stop", "discard"])
 def test_a_wish_before_it_has_begun_is_done_at_once(started: Callable[..., tuple[Jobs, Run]], tiny_workspace: Workspace, wish: Any) -> None:
     jobs, run = started()

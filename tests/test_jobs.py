@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import tiny
 from filelock import Timeout
 from safetensors.torch import load_file
 
+from qlora_ui import services
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.events import Asked, Event, Failed, Finished, Interrupted, Paused, Phase, Step, Stopped
@@ -321,3 +324,14 @@ def test_a_run_is_named_by_its_data_and_preset_in_a_slug(workspace: Workspace, d
     run, lock = workspace.create(config, run_name(config), {})
     lock.release()
     assert workspace.get(run.id) == run
+
+
+def test_a_start_waits_for_the_parting_of_a_process_whose_run_has_ended(workspace: Workspace, rows: Path) -> None:
+    page = dataclasses.replace(services.build(workspace, services.WarmUp()), jobs=Jobs(workspace, Gated()))
+    parting = workspace.lease()
+    parting.acquire()
+    threading.Timer(0.5, parting.release).start()
+    shutil.copy(rows, workspace.uploads)
+    run = page.start(tiny.tiny_config(workspace.uploads / rows.name))
+    page.jobs.stop(run)
+    ended(page.jobs)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 import tiny
 
@@ -28,7 +30,7 @@ from qlora_ui.events import (
 )
 from qlora_ui.progress import Progress, fold
 from qlora_ui.runs import Run, Workspace
-from qlora_ui.ui import live
+from qlora_ui.ui import live, more_curves
 
 PLANNED = Planned(total_steps=100, train_rows=8, held_out_rows=2, tokens=80, trained_tokens=40)
 
@@ -72,6 +74,32 @@ def test_a_page_is_told_only_what_it_lacks(news: live.News, run: Run) -> None:
     assert len(json.dumps(second)) < 2000
     run.append(Finished(step=6))
     assert ask(news, second)["redraw"] != first["redraw"]
+
+
+def test_the_small_curves_are_asked_for_apart_and_only_their_new_points_come(workspace: Workspace, news: live.News, run: Run) -> None:
+    assert "tokens_per_second" not in json.dumps(ask(news))
+    with gr.Blocks(analytics_enabled=False):
+        section = more_curves.build(services.build(workspace, services.WarmUp()))
+    first = section.more_points([run.id, -1, {}])
+    known = {name: [curve["stride"], len(curve["points"])] for name, curve in first["curves"].items()}
+    assert [number for _, number in known.values()] == [5] * 4
+    run.append(step(6))
+    second = section.more_points([run.id, first["rewinds"], known])
+    assert {name: curve["points"] for name, curve in second["curves"].items()} == {
+        "learning_rate": [(6, 1e-4)],
+        "grad_norm": [(6, 1.0)],
+        "tokens_per_second": [(6, 9.0)],
+        "memory_gib": [(6, 1.0)],
+    }
+    assert len(json.dumps(second)) < 400
+    assert section.more_points(["gone", -1, {}])["curves"]["grad_norm"]["points"] == []
+
+
+def test_hints_are_told_with_the_runs_own_limit_for_gradients(news: live.News, run: Run) -> None:
+    assert "Nothing to point out" in ask(news)["parts"]["hints"]
+    for number in range(6, 106):
+        run.append(replace(step(number), loss=2 - number / 1000))
+    assert "Gradients were clipped at 100 of the last 100 steps: median norm 1, limit 0.3." in ask(news)["parts"]["hints"]
 
 
 def test_pages_opened_at_any_time_show_the_same_and_are_drawn_once(news: live.News, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

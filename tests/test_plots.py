@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pytest
+from PIL import Image
 
 from qlora_ui.events import HeldOut, Planned, Step
 from qlora_ui.progress import Progress
@@ -358,3 +362,68 @@ def test_dark_theme_redraws_the_curve_in_its_own_colours(page: Page) -> None:
     assert len(first | second) == 4
     assert min(drawn(page, colour) for colour in second) > 0
     assert max(drawn(page, colour) for colour in first) == 0
+
+
+def shown_losses(page: Page) -> str:
+    return str(page.evaluate(f"{CANVAS}.toDataURL()"))
+
+
+@pytest.mark.browser
+def test_axis_and_lines_are_chosen_by_buttons_and_survive_news_zoom_and_a_new_mount(page: Page, runs: Runs) -> None:
+    wait_for_points(page, "a", 40)
+    axis, held_out = (page.get_by_role("button", name=name, exact=True) for name in ("Logarithmic loss axis", "Held-out"))
+    orange = page.evaluate(f"getComputedStyle({CANVAS}).getPropertyValue('--loss-held').trim()")
+    page.wait_for_function(f"{CANVAS}.width > 300")
+    linear = shown_losses(page)
+    assert drawn(page, orange) > 0
+    axis.press("Enter")
+    page.wait_for_function(f"before => {CANVAS}.toDataURL() !== before", arg=linear)
+    held_out.click()
+    page.wait_for_function("() => window.lossPlotChosen.hidden[0] === 'held'")
+    page.mouse.move(0, 0)
+    zoomed = zoom_to_the_middle(page)
+    runs.grow("a", 10)
+    say(page, "a 2")
+    wait_for_points(page, "a", 50)
+    page.get_by_label("shown", exact=True).uncheck()
+    expect(page.locator("#loss-plot")).to_have_count(0)
+    page.get_by_label("shown", exact=True).check()
+    wait_for_points(page, "a", 50)
+    expect(page.locator("#loss-plot .reset")).to_have_text(zoomed)
+    expect(axis).to_have_attribute("aria-pressed", "true")
+    expect(held_out).to_have_attribute("aria-pressed", "false")
+    assert drawn(page, orange) == 0
+    page.locator("#loss-plot canvas").press("Home")
+    expect(page.locator("#loss-plot .tip .raw")).to_be_visible()
+    expect(page.locator("#loss-plot .tip .held")).to_be_hidden()
+
+
+@pytest.mark.browser
+def test_overfitting_is_shaded_when_the_two_newest_evaluations_are_above_the_best(page: Page, runs: Runs) -> None:
+    wait_for_points(page, "a", 40)
+    plot = page.locator("#loss-plot")
+    runs.runs["a"].add(HeldOut(step=41, loss=9.0))
+    say(page, "a 2")
+    expect(plot).to_have_attribute("data-held-out", "5")
+    expect(plot).to_have_attribute("data-overfit-from", "")  # one bad evaluation may be chance
+    runs.runs["a"].add(HeldOut(step=42, loss=9.1))
+    say(page, "a 3")
+    expect(plot).to_have_attribute("data-overfit-from", "40")
+
+
+@pytest.mark.browser
+def test_all_points_are_taken_away_as_csv_and_the_picture_as_png(page: Page, runs: Runs) -> None:
+    wait_for_points(page, "a", 40)
+    files = {}
+    for name in ("Download the points as CSV", "Download the picture as PNG"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=name, exact=True).click()
+        files[download.value.suggested_filename] = Path(download.value.path()).read_bytes()
+    assert set(files) == {"a-loss.csv", "a-loss.png"}
+    rows = list(csv.DictReader(files["a-loss.csv"].decode().splitlines()))
+    assert {int(row["step"]): float(row["training"]) for row in rows} == dict(runs.runs["a"].train.points)
+    assert {int(row["step"]): float(row["held_out"]) for row in rows if row["held_out"]} == dict(runs.runs["a"].held_out)
+    assert all(row["smoothed"] for row in rows)
+    alphas, *colours = (channel.getextrema() for channel in reversed(Image.open(io.BytesIO(files["a-loss.png"])).split()))
+    assert alphas == (255, 255)  # with its ground, so that it is legible on any other
+    assert all(low != high for low, high in colours)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_ui.curves import Curve
 from qlora_ui.events import (
     KINDS,
     AdapterSaved,
@@ -26,7 +29,7 @@ from qlora_ui.events import (
     Step,
     Stopped,
 )
-from qlora_ui.progress import PHASE_WORDS, Curve, Progress, amount, duration, log_line
+from qlora_ui.progress import MORE_CURVES, PHASE_WORDS, Progress, amount, duration, log_line
 
 
 def step(number: int, loss: float | None = 1.234, time: float = 0.0, skipped: bool = False) -> Step:
@@ -132,6 +135,7 @@ def test_the_time_left_is_the_pace_of_the_last_steps_without_the_evaluations() -
         assert progress.eta_seconds is None
     progress.add(step(3, time=104.0))
     assert progress.eta_seconds == 14
+    assert progress.done_at == 118
     progress.add(HeldOut(step=3, loss=1, time=150.0))
     progress.add(step(4, time=151.0))
     progress.add(Sample(step=4, prompt="", base="", adapter="", time=181.5))
@@ -140,7 +144,7 @@ def test_the_time_left_is_the_pace_of_the_last_steps_without_the_evaluations() -
     progress.add(step(6, time=184.0))
     assert progress.eta_seconds == 8
     progress.add(Finished(step=6))
-    assert progress.eta_seconds is None
+    assert progress.eta_seconds is progress.done_at is None
 
 
 def test_the_pace_forgets_steps_long_ago() -> None:
@@ -232,6 +236,32 @@ def test_a_plot_that_shows_another_run_starts_over() -> None:
         delta = progress.curves_since(*seen)
         assert delta.restart
         assert (delta.train, delta.held_out) == (progress.train.points, progress.held_out)
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.booleans())
+def test_what_the_small_curves_lack_adds_up_to_the_whole_also_after_a_resumed_run(seen: int, more: int, resumed: bool) -> None:
+    progress = after(*TRAINING)
+    progress.grad_norm = Curve(8)  # is thinned on the way
+    for number in range(1, seen + 1):
+        progress.add(step(number))
+    first = progress.more_since(-1, {})
+    known = {name: (first["curves"][name]["stride"], len(first["curves"][name]["points"])) for name in MORE_CURVES}
+    if resumed:
+        progress.add(Resumed(step=seen // 2))
+    for number in range(progress.step + 1, progress.step + 1 + more):
+        progress.add(step(number))
+    second = progress.more_since(first["rewinds"], known)
+    for name in MORE_CURVES:
+        before, news = first["curves"][name], second["curves"][name]
+        assert [*([] if news["restart"] else before["points"]), *news["points"]] == getattr(progress, name).points
+        assert not news["restart"] or resumed or name == "grad_norm"
+
+
+def test_a_step_without_a_gradient_norm_and_a_spike_are_no_gap_in_the_small_curves() -> None:
+    progress = after(*TRAINING, *(replace(step(at), grad_norm=None if at % 2 else at) for at in range(1, 601)))
+    assert max(progress.grad_norm.points) == (600, 600)
+    assert len(progress.learning_rate.points) < 200
+    assert {value for _, value in progress.memory_gib.points} == {1.0}
 
 
 # Log --------------------------------------------------------------------------------------------------------------------

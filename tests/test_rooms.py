@@ -25,7 +25,10 @@ ROOMS = (
     "disk",
     "runs",
     "checkpoints",
+    "exports",
+    "curves",
     "progress",
+    "hints",
     "snapshots",
     "labels",
     "memory",
@@ -43,11 +46,12 @@ ROOMS = (
     "jobs",
     "services",
     "plan_cli",
+    "export_cli",
     "cli",
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "progress", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 

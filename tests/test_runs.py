@@ -114,6 +114,14 @@ def test_settle_leaves_a_run_whose_process_lives_and_ends_it_after_a_kill(
     assert workspace.settle() == []
 
 
+def test_settle_does_what_a_killed_process_was_about_to_discard(workspace: Workspace, run: Run, holder: subprocess.Popen[str]) -> None:
+    run.ask("discard")
+    holder.kill()
+    holder.wait()
+    assert workspace.settle() == []
+    assert list(workspace.runs.iterdir()) == []
+
+
 def test_a_killed_run_is_not_taken_for_live(workspace: Workspace, run: Run, holder: subprocess.Popen[str]) -> None:
     assert workspace.live() == run
     holder.kill()
@@ -191,6 +199,14 @@ def test_a_run_that_cannot_be_written_down_leaves_no_folder(workspace: Workspace
     with pytest.raises(TypeError):
         workspace.create(RunConfig(), "a", unwritable)
     assert list(workspace.runs.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", ["config_path", "events_path"])
+def test_what_is_half_deleted_is_no_run(workspace: Workspace, run: Run, lost: str) -> None:
+    getattr(run, lost).unlink()
+    assert (workspace.all(), workspace.newest(), workspace.live(), workspace.settle()) == ([], None, None, [])
+    with pytest.raises(UserError, match="There is no run"):
+        workspace.get(run.id)
 
 
 def test_the_newest_run_is_first_and_other_folders_are_no_runs(workspace: Workspace) -> None:

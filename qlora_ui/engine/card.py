@@ -5,7 +5,8 @@ It is read in public, so it names no folder of this machine: a model or a data s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,42 @@ FROZEN = {
 }
 
 
-def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], adapter: Mapping[str, Any]) -> str:
-    """The card, with the YAML front matter that the Hub reads. `facts` is the run's `config.json`, `events` all that it told,
-    `adapter` is PEFT's `adapter_config.json`.
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a card lies beside: what the Hub is told of it, and what a person reads first and last.
+
+    `loading` makes the lines of Python that load it, of the base's name and commit.
     """
-    q = config.quantization
-    frozen = FROZEN.get(q.quant_bits, f"Trained with QLoRA: the base is frozen in {q.quant_type.upper()}")
+
+    front: Mapping[str, Any]
+    title: str
+    words: str
+    loading: Callable[[str, str | None], list[str]]
+    more: Sequence[str] = ()
+
+
+def text(
+    facts: Mapping[str, Any],
+    config: RunConfig,
+    events: Sequence[Event],
+    adapter: Mapping[str, Any],
+    form: Form | None = None,
+    base_licence: str = "",
+    picture: str = "",
+) -> str:
+    """The card, with the YAML front matter that the Hub reads. `facts` is the run's `config.json`, `events` all that it told,
+    `adapter` is PEFT's `adapter_config.json`; `picture` is the file of a loss curve beside the card.
+    """
     base, on_hub = base_name(facts, config)
     data, licence = data_name(config.data.data)
-    front: dict[str, Any] = {"library_name": "peft", "tags": [*(["qlora"] if "QLoRA" in frozen else []), "lora", "base_model:adapter"]}
+    form = form or adapter_form(config, str(facts.get("compute_dtype", "float32")), adapter)
+    front: dict[str, Any] = dict(form.front)
     if on_hub:
         front["base_model"] = base
     if is_hub(config.data.data):
         front["datasets"] = [hub.HubSet.parse(config.data.data).name]
+    if base_licence:
+        front["license"] = base_licence
     commit = facts.get("model_commit")
     return "\n".join(
         [
@@ -46,19 +70,21 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], a
             yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
             "---",
             "",
-            f"# LoRA adapter for {code(base)}",
+            f"# {form.title} {code(base)}",
             "",
-            f"{frozen}, the adapter is all that was learned.",
+            form.words,
             "",
-            f"- Base model: {code(base)}" + (f", commit {code(commit)}" if commit else ""),
+            f"- Base model: {code(base)}{f', commit {code(commit)}' if commit else ''}, licence {base_licence or 'not known'}",
             f"- Data: {code(data)}" + (f", licence {licence}" if licence else ", licence not known"),
             *losses(events),
+            *(["", f"![Held-out and training loss over the steps]({picture})"] if picture else []),
             "",
             "## How to load it",
             "",
             "```python",
-            *loading(base, commit, config, str(facts.get("compute_dtype", "float32")), adapter),
+            *form.loading(base, commit),
             "```",
+            *form.more,
             "",
             "## Settings",
             "",
@@ -71,6 +97,18 @@ def text(facts: Mapping[str, Any], config: RunConfig, events: Sequence[Event], a
             *(f"- {name} {version}" for name, version in facts.get("versions", {}).items()),
             "",
         ]
+    )
+
+
+def adapter_form(config: RunConfig, dtype: str, adapter: Mapping[str, Any]) -> Form:
+    """The card of an adapter."""
+    q = config.quantization
+    words = FROZEN.get(q.quant_bits, f"Trained with QLoRA: the base is frozen in {q.quant_type.upper()}")
+    return Form(
+        front={"library_name": "peft", "tags": [*(["qlora"] if "QLoRA" in words else []), "lora", "base_model:adapter"]},
+        title="LoRA adapter for",
+        words=f"{words}, the adapter is all that was learned.",
+        loading=lambda base, commit: loading(base, commit, config, dtype, adapter),
     )
 
 

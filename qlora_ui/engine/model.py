@@ -142,13 +142,13 @@ def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop, we
             field="model",
         ) from error
     except (HTTPError, OSError) as error:
-        raise UserError(f"{model} could not be fetched: {_hub_problem(error)}, or use a model on this machine.", field="model") from error
+        raise UserError(f"{model} could not be fetched: {hub_problem(error)}, or use a model on this machine.", field="model") from error
     if weights and not list(folder.glob("*.safetensors")):
         raise UserError(f"{model} has no safetensors weights; other formats can run code when loaded. Choose another model.", field="model")
     return Found(folder=folder, public_name=model, origin="the Hugging Face Hub", commit=folder.name)
 
 
-def _hub_problem(error: Exception) -> str:
+def hub_problem(error: Exception) -> str:
     """What stood in the way, and its remedy. The Hub client wraps most of it in "not in the cache either"."""
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
@@ -267,7 +267,7 @@ def load_quantized(found: Found, quantization: QuantizationConfig, hardware: Har
     try:
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=found.trusted)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with _watched_bars(emit, should_stop), plain_linears(kind._model_mapping.get(type(config), None)):
+        with watched_bars(emit, should_stop), plain_linears(kind._model_mapping.get(type(config), None)):
             model, loaded = kind.from_pretrained(
                 found.folder,
                 config=config,
@@ -305,8 +305,8 @@ def device_map(found: Found, hardware: Hardware) -> dict[str, str] | str:
 
 
 @contextlib.contextmanager
-def _watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
-    """Draw the progress bar of transformers' weight loading with events."""
+def watched_bars(emit: Emit, should_stop: ShouldStop) -> Iterator[None]:
+    """Draw the progress bars of transformers' loading and saving of weights with events."""
     bar = reporting_bar(emit, should_stop, "tensors")
     previous = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: bar(*args, **kwargs))
     try:

@@ -85,7 +85,8 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
 
     emit(Phase(name="tokenizing"))
     train_rows, held_out_rows = encode(run, tokenizer, data, emit, should_stop)
-    check_positions(found, max(int(rows.fitted.lengths.max(initial=0)) for rows in (train_rows, held_out_rows)))
+    if not checkpoint:
+        check_positions(found, max(int(rows.fitted.lengths.max(initial=0)) for rows in (train_rows, held_out_rows)))
     for trouble in troubles(tokenizer, data.conversations, config.data.train_on, generation_ends(found)):
         emit(Log(text=trouble, level="warning"))
     emit(Log(text=padding(tokenizer)))

@@ -94,15 +94,16 @@ def wire(
     train.file.save.click(saved, form_values, [train.message, train.file.file], **QUIET).then(
         None, [train.message], None, js=settings_file.PRESS
     )
-    train.preset.input(partial(train_tab.choose_preset, names), [train.preset], [train.preset, *fields], **QUIET)
+    train.preset.input(partial(train_tab.choose_preset, names), [train.preset], fields, **QUIET)
+    train.preset.change(train_tab.about_preset, [train.preset], [train.about], **QUIET)
     changes = [data.chosen.change, train.preset.input, *[f.change for f in fields]]
-    gr.on(changes, **plan, trigger_mode="always_last", **QUIET)
+    heard(changes).change(**plan, trigger_mode="always_last", **QUIET)
     # By one writer, in order: the plan is also made after every look at the data, and an old one may end last.
     kept = [train.isolated, *form_values]
-    gr.on(
-        [*changes, train.isolated.input], partial(train_tab.draft, names), kept, [draft], trigger_mode="always_last", queue=False, **QUIET
-    )
-    planner.wire(services, train.memory, names, form_values, [*changes, bar.chip.change, page.load], QUIET)
+    kept_when = heard([*changes, train.isolated.input]).change
+    kept_when(partial(train_tab.draft, names), kept, [draft], trigger_mode="always_last", queue=False, **QUIET)
+    planned_when = heard([*changes, bar.chip.change, page.load, train.memory.card.input]).change
+    planner.wire(services, train.memory, names, form_values, planned_when, QUIET)
     wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 
@@ -119,6 +120,17 @@ def wire(
     page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
 
 
+def heard(events: list[Any]) -> gr.Textbox:
+    """A hidden field that changes with any of these events, for one listener that wants the last word of many.
+
+    When a listener with `always_last` was busy, Gradio 6.31 repeats the event for all that listen to it: two of them on one event
+    call each other for ever, and a preset is chosen again after a person has changed it. So each has an event of its own.
+    """
+    field = gr.Textbox(visible="hidden", label="Changes")
+    gr.on(events, None, None, [field], js="() => String(performance.now())", trigger_mode="multiple", **QUIET)
+    return field
+
+
 def wire_resume_with(
     services: Services,
     bar: run_bar.RunBar,
@@ -132,7 +144,7 @@ def wire_resume_with(
     compared = [train.resume_with, train.use_settings, train.differences]
     compare, own = partial(train_tab.compare, services, names), partial(own_settings, services, names)
     seen = [bar.run, bar.state, *form_values]
-    gr.on([bar.run.change, bar.state.change, *changes], compare, seen, compared, trigger_mode="always_last", **QUIET)
+    heard([bar.run.change, bar.state.change, *changes]).change(compare, seen, compared, trigger_mode="always_last", **QUIET)
     train.use_settings.click(own, [bar.run], [train.message, *filled], **QUIET)
     resume = partial(train_tab.resume_with, services, names)
     asked = [bar.run, train.isolated, *form_values]
@@ -152,7 +164,7 @@ def wire_data(
     for name, mirror in data.reading.mirrors.items():
         typed = [mirror.submit, mirror.blur] if isinstance(mirror, gr.Number) else [mirror.input]
         gr.on(typed, lambda value: value, [mirror], [field[name]], **QUIET)
-        field[name].change(lambda value: value, [field[name]], [mirror], **QUIET)
+        field[name].change(lambda value: value, [field[name]], [mirror], trigger_mode="multiple", **QUIET)
     data.reading.suggest.click(partial(suggested, services, names), form_values, [field["max_seq_len"]], **QUIET)
 
     read_by = ("model", "data_format", "columns", "prompt_format", "train_on", "max_seq_len", "long_rows", "held_out_split")
@@ -170,7 +182,7 @@ def wire_data(
     for event in (look, fetch):
         event.then(**rows).then(**plan, **QUIET)
     turned = [part.change for part in data.rows.wanted if part is not data.rows.search]
-    gr.on([*turned, data.rows.search.submit, data.rows.search.blur, data.read.change], **rows)
+    heard([*turned, data.rows.search.submit, data.rows.search.blur, data.read.change]).change(**rows, trigger_mode="always_last")
     mapped = partial(data_tab.map_columns, services, names)
     gr.on(
         [slot.input for slot in data.reading.slots],

@@ -9,7 +9,8 @@ from html import escape
 from typing import Any
 
 from qlora_ui.config import KNOBS
-from qlora_ui.progress import Point, Progress
+from qlora_ui.curves import Point
+from qlora_ui.progress import Progress
 
 MOST_RUNS = 8  # as many colours as colour-blind eyes can tell apart
 

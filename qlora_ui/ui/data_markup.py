@@ -58,8 +58,18 @@ def summary(look: Look) -> str:
             f"{short(lengths.tokens_total)} tokens, {lengths.trained_share:.0%} trained",
             f"longest {lengths.longest:,}",
         ]
-    line = f'<p class="headline">{escape(" · ".join(parts))}</p><p class="note" aria-live="polite">{escape(doing) or formats(report)}</p>'
-    return line + details(report, () if doing else look.left_out)
+    line = f'<p class="headline">{escape(" · ".join(parts))}</p>'
+    return (
+        line
+        + (progress(look) if doing else f'<p class="note" aria-live="polite">{formats(report)}</p>')
+        + details(report, () if doing else look.left_out)
+    )
+
+
+def progress(look: Look) -> str:
+    """What is still going on, and how far it is; a bar without an end where that is not known."""
+    value = "" if look.share_done is None else f' value="{look.share_done:.3f}"'
+    return f'<p class="note" aria-live="polite">{escape(look.doing)}</p><progress aria-label="{escape(look.doing)}"{value}></progress>'
 
 
 def details(report: Report, left_out: Sequence[Dropped] = ()) -> str:

@@ -158,7 +158,9 @@ def build_reading(config: RunConfig) -> Reading:
         fetch_tokenizer = gr.Button("Fetch the tokenizer", size="sm", visible=False, elem_id="data-tokenizer")
 
     data_format.input(lambda: "", None, [mapping], **QUIET)  # the other format has other fields
-    prompt_format.change(lambda chosen: gr.update(visible=chosen == "custom"), [prompt_format], [template], **QUIET)
+    prompt_format.change(
+        lambda chosen: gr.update(visible=chosen == "custom"), [prompt_format], [template], trigger_mode="multiple", **QUIET
+    )
     return Reading(
         data_format=data_format,
         slots=slots,
@@ -219,7 +221,7 @@ def shown(services: Services, config: RunConfig, seen: Look) -> list[Any]:
     """One look in the components of the page."""
     if seen.data is None:
         begun = [gr.skip(), gr.update(interactive=False), gr.update(visible=True)]
-        return [gr.skip(), markup.note(seen.doing), *begun, *[gr.skip()] * (3 + SLOTS)]
+        return [gr.skip(), data_markup.progress(seen), *begun, *[gr.skip()] * (3 + SLOTS)]
     report, lengths = seen.data.report, seen.lengths
     suggested = lengths.suggested_max_seq_len if lengths else config.data.max_seq_len
     return [

@@ -50,9 +50,11 @@ window.showNews = () => {
     place.news = html;
     const fresh = place.cloneNode(false);
     fresh.innerHTML = html;
+    fresh.querySelectorAll("time[data-at]").forEach(byThisClock);
     renew(place, fresh);
   }
   showLog();
+  window.showMoreCurves?.(shown.run, shown.version);
 };
 
 function sayAway() {
@@ -61,6 +63,13 @@ function sayAway() {
   place.news = AWAY;
   place.querySelector(".status").prepend(AWAY);
   place.querySelector("[aria-live]")?.replaceChildren(AWAY);
+}
+
+/** A moment in the time of the person who reads it: the server may stand in another zone. */
+function byThisClock(time) {
+  const at = new Date(1000 * time.dataset.at);
+  const weekday = at.toDateString() === new Date().toDateString() ? {} : { weekday: "short" };
+  time.textContent = at.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", ...weekday });
 }
 
 function showLog() {

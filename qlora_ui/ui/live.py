@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import gradio as gr
 
 from qlora_ui.disk import trouble_with_disk
+from qlora_ui.errors import UserError
+from qlora_ui.hints import hints
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services, Stand
@@ -70,18 +73,27 @@ class News:
         known = log_count if run_id == run.id and 0 <= log_count <= progress.logged else 0
         start = max(known, progress.logged - len(progress.log))
         log = {"start": start, "count": progress.logged, "lines": list(progress.log)[len(progress.log) - (progress.logged - start) :]}
-        parts = self._parts(now, progress, self._services.silence(run, progress.state))
+        parts = self._parts(now, progress, self._services.silence(run, progress.state), max_grad_norm(run))
         answer = {"version": now, "run": run.id, "redraw": key, "parts": parts, "log": log}
         if curve and curve[0] == run.id:
             answer["curve"] = asdict(progress.curves_since(*(max(0, int(number)) for number in curve[1:])))
         return answer
 
-    def _parts(self, version: str, progress: Progress | None, silence: str) -> dict[str, str]:
+    def _parts(self, version: str, progress: Progress | None, silence: str, max_grad_norm: float | None = None) -> dict[str, str]:
         """The inner HTML of elements by id, the same for all pages. Guarded by the watch's lock."""
         if self._drawn[0] != version:
             parts = {"status-line": markup.status(progress, silence), "progress": markup.bar(progress), "tiles": markup.tiles(progress)}
+            parts["hints"] = markup.hints(hints(progress, max_grad_norm) if progress else [])
             self._drawn = (version, parts)
         return self._drawn[1]
+
+
+def max_grad_norm(run: Run) -> float | None:
+    """The run's own; None where its config is of a version that cannot be read."""
+    try:
+        return run.config().optimization.max_grad_norm
+    except (UserError, json.JSONDecodeError):
+        return None
 
 
 def build(news: News) -> gr.HTML:

@@ -1,5 +1,6 @@
 // The live loss plot: the body of gr.HTML's js_on_load, a function of (element, trigger, props, server, upload, watch).
 // It runs anew each time Gradio mounts the component: when its tab is first opened, when its column is shown again.
+// Words, hands and tools have files of their own, which follow this one in the same function.
 
 const find = (selector) => element.querySelector(selector);
 const host = element.closest("#loss-plot") ?? element; // carries the data attributes, for tests and scripts
@@ -11,6 +12,8 @@ const [empty, reset, tip, details] = [".empty", ".reset", ".tip", "details"].map
 const startOver = (run) =>
   (window.lossPlot = { run, rewinds: 0, stride: 0, count: 0, heldOutCount: 0, train: [], heldOut: [], smooth: [], total: 0, zoom: null });
 let plot = window.lossPlot ?? startOver("");
+const chosen = (window.lossPlotChosen ??= { log: false, hidden: [] }); // for every run that this page will show
+const visible = (series) => !chosen.hidden.includes(series);
 let cursor = null; // the step under the crosshair
 let drag = null; // {from, to} in pixels, while the mouse marks a range
 let [look, view, frame] = [null, null, 0]; // colours and fonts; where things are; the requested animation frame
@@ -88,6 +91,8 @@ const whole = (number) => number.toLocaleString("en-US", { maximumFractionDigits
 const short = (loss) => (loss >= 1000 ? loss.toExponential(0) : loss.toFixed(loss >= 0.1 ? 2 : 3)); // five characters at most
 const exact = (loss) => (loss >= 1000 ? loss.toExponential(2) : loss >= 0.1 || loss <= 0 ? loss.toFixed(3) : loss.toPrecision(3));
 const best = () => plot.heldOut.reduce((low, point) => (!low || point[1] < low[1] ? point : low), null);
+/** The best held-out point where at least the two newest ones are above it: what was learnt since does not carry over to unseen rows. */
+const overfitFrom = () => (plot.heldOut.length > 2 && plot.heldOut.slice(-2).every(([, loss]) => loss > best()[1]) ? best() : null);
 const lastStep = () => Math.max(0, plot.train.at(-1)?.[0] ?? 0, plot.heldOut.at(-1)?.[0] ?? 0);
 const wholeRange = () => [0, Math.max(1, plot.total, lastStep())];
 
@@ -115,21 +120,35 @@ function ticks(from, to, wanted, outwards = false) {
   return Array.from({ length: last - first + 1 }, (_, i) => ({ at: (first + i) * distance, digits }));
 }
 
+/** The same for a logarithmic axis: 1, 2 and 5 of each decade, their powers of ten alone where these are too many. */
+function logTicks(low, high, wanted) {
+  const even = ticks(low, high, wanted);
+  if (high / low < 4 && even.length > 1) return even;
+  const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  const leading = (last - first) * 3 > 2 * wanted ? [1] : [1, 2, 5];
+  const marks = Array.from({ length: last - first + 1 }, (_, i) => leading.map((n) => n * 10 ** (first + i))).flat();
+  const [down, up] = [marks.filter((at) => at <= low).at(-1), marks.find((at) => at >= high)];
+  return marks.filter((at) => at >= down && at <= up).map((at) => ({ at, digits: Math.max(0, -Math.floor(Math.log10(at) + 1e-9)) }));
+}
+
 /** The plot's rectangle, its two ranges and the ways between loss, step and pixel. */
 function layOut(width, height) {
   const [from, to] = plot.zoom ?? wholeRange();
   const seen = (points) => points.slice(Math.max(0, lastBefore(points, from)), lastBefore(points, to) + 2);
   const losses = (points) => seen(points).map((point) => point[1]);
-  let shown = losses(plot.train);
+  let shown = visible("raw") ? losses(plot.train) : [];
   // One spike must not press the rest flat: of many raw points the highest 2 % may leave through the top.
   if (shown.length >= 40) shown = shown.sort((a, b) => a - b).slice(0, Math.ceil(0.98 * shown.length));
-  shown.push(...losses(plot.smooth), ...losses(plot.heldOut));
+  if (visible("smooth")) shown.push(...losses(plot.smooth));
+  if (visible("held")) shown.push(...losses(plot.heldOut));
+  if (chosen.log) shown = shown.filter((loss) => loss > 0);
+  const scale = chosen.log && shown.length ? Math.log : (loss) => loss;
   let [low, high] = shown.length ? [Math.min(...shown), Math.max(...shown)] : [0, 1];
   const least = 0.02 * Math.abs(high) || 0.02; // a flat line has a range too
-  if (high - low < least) [low, high] = [low - least, high + least];
+  if (high - low < least) [low, high] = scale === Math.log ? [low / 1.02, high * 1.02] : [low - least, high + least];
   const [top, bottom] = [28, height - 26];
-  const lossTicks = ticks(low, high, (bottom - top) / 42, true);
-  [low, high] = [lossTicks[0].at, lossTicks.at(-1).at];
+  const lossTicks = (scale === Math.log ? logTicks : ticks)(low, high, (bottom - top) / 42, true);
+  [low, high] = [Math.min(low, lossTicks[0].at), Math.max(high, lossTicks.at(-1).at)].map(scale);
   pen.font = look.font;
   const left = 10 + Math.ceil(Math.max(...lossTicks.map(({ at, digits }) => pen.measureText(at.toFixed(digits)).width)));
   // The names at the line ends fit beside the plot also when the lines reach its end; stacked where it is narrow.
@@ -137,7 +156,8 @@ function layOut(width, height) {
   pen.font = look.bold;
   const right = width - 12 - Math.ceil(pen.measureText(narrow ? "held-out" : "held-out 0.000").width);
   const x = (step) => left + ((step - from) / (to - from)) * (right - left);
-  const y = (loss) => bottom - ((loss - low) / (high - low)) * (bottom - top);
+  // A loss of zero has no logarithm: it leaves through the bottom.
+  const y = (loss) => bottom - (Math.max(-1e3, scale(Math.max(0, loss)) - low) / (high - low)) * (bottom - top);
   const place = ([step, loss]) => [x(step), y(loss)];
   const step = (px) => from + ((Math.min(right, Math.max(left, px)) - left) / (right - left)) * (to - from);
   return { width, narrow, left, right, top, bottom, from, to, seen, x, y, place, step, lossTicks };
@@ -186,6 +206,7 @@ function draw() {
   reset.hidden = !plot.zoom;
   if (plot.zoom) reset.textContent = `Steps ${whole(plot.zoom[0])}–${whole(plot.zoom[1])} · Show all`;
   Object.assign(host.dataset, { run: plot.run, points: plot.train.length, heldOut: plot.heldOut.length, lastStep: lastStep() });
+  host.dataset.overfitFrom = overfitFrom()?.[0] ?? "";
   describing ||= setTimeout(describe, Math.max(0, described + 4000 - Date.now()));
 }
 
@@ -220,12 +241,13 @@ function drawAxes(some) {
   const { left, right, bottom, to, from, x, y, width, lossTicks } = view;
   for (const { at, digits } of lossTicks) {
     const level = Math.round(y(at)) + 0.5;
-    line([[some ? left : 0, level], [some ? right : width, level]], look.grid, 1, level > bottom ? 1 : 0.55);
+    line([[some ? left : 0, level], [some ? right : width, level]], look.grid, 1, 0.55);
     if (some) text(at.toFixed(digits), left - 8, level, look.quiet, "right");
   }
+  line([[some ? left : 0, bottom + 0.5], [some ? right : width, bottom + 0.5]], look.grid);
   if (behind) text("The server does not answer. Trying again.", left + 8, bottom - 12, look.quiet);
   if (!some) return;
-  text("loss", 0, 8, look.quiet);
+  text(chosen.log ? "loss, logarithmic" : "loss", 0, 8, look.quiet);
   const marks = ticks(from, to, Math.min(to - from, Math.max(2, (right - left) / 75))).map(({ at }) => at);
   if (!plot.zoom) {
     // The end of the run is always named: it says how far there is to go.
@@ -238,20 +260,21 @@ function drawAxes(some) {
 
 function drawCurves() {
   const { left, right, top, bottom, from, to, seen, place } = view;
-  const heldOut = seen(plot.heldOut);
+  const heldOut = visible("held") ? seen(plot.heldOut) : [];
   pen.save();
   pen.beginPath();
   pen.rect(left, top - 6, right - left, bottom - top + 6);
   pen.clip();
-  line(seen(plot.train).map(place), look.train, 1, 0.35);
-  line(seen(plot.smooth).map(place), look.train, 2);
+  if (visible("held")) shadeOverfitting();
+  if (visible("raw")) line(seen(plot.train).map(place), look.train, 1, 0.35);
+  if (visible("smooth")) line(seen(plot.smooth).map(place), look.train, 2);
   line(heldOut.map(place), look.heldOut, 2);
   pen.restore(); // dots on the border stay round
   const inside = (point) => point && point[0] >= from && point[0] <= to;
   const radius = Math.min(3.5, Math.max(1.5, (right - left) / heldOut.length / 4));
-  if (inside(plot.smooth.at(-1))) dot(plot.smooth.at(-1), look.train, 3);
+  if (visible("smooth") && inside(plot.smooth.at(-1))) dot(plot.smooth.at(-1), look.train, 3);
   for (const point of heldOut.filter(inside)) dot(point, look.heldOut, radius);
-  if (inside(best())) {
+  if (visible("held") && inside(best())) {
     pen.beginPath();
     pen.arc(...place(best()), 7.5, 0, 7);
     Object.assign(pen, { strokeStyle: look.heldOut, lineWidth: 1.5 });
@@ -259,11 +282,25 @@ function drawCurves() {
   }
 }
 
+function shadeOverfitting() {
+  const { left, right, top, bottom, x } = view;
+  const from = overfitFrom();
+  if (!from) return;
+  const [start, end] = [Math.max(left, x(from[0])), Math.min(right, x(lastStep()))];
+  Object.assign(pen, { globalAlpha: 0.1, fillStyle: look.heldOut });
+  pen.fillRect(start, top - 6, end - start, bottom - top + 6);
+  pen.globalAlpha = 1;
+  pen.font = look.font;
+  if (end - start > pen.measureText("overfitting").width + 16) text("overfitting", start + 8, top + 6, look.heldOutInk);
+}
+
 /** The name and the last number of each line, at its end; the name alone where the zoom cuts the line off. */
 function drawEnds() {
   const { to, from, x, y, narrow, top, bottom, right } = view;
   const ends = [];
-  for (const [name, points, ink] of [["training", plot.smooth, look.trainInk], ["held-out", plot.heldOut, look.heldOutInk]]) {
+  const training = visible("smooth") ? plot.smooth : visible("raw") ? plot.train : [];
+  const measured = visible("held") ? plot.heldOut : [];
+  for (const [name, points, ink] of [["training", training, look.trainInk], ["held-out", measured, look.heldOutInk]]) {
     const i = lastBefore(points, to);
     const [last, next] = [points[i], points[i + 1]];
     if (!last || (last[0] < from && !next)) continue; // the line ends left of the zoom
@@ -299,9 +336,10 @@ function drawCrosshair() {
   const at = Math.round(view.x(step)) + 0.5;
   line([[at, view.top - 6], [at, view.bottom]], look.quiet, 1, 0.6);
   const heldOut = plot.heldOut[lastBefore(plot.heldOut, step)];
-  dot(plot.train[i], look.train, 2.5);
-  dot(plot.smooth[i], look.train, 3.5);
-  if (heldOut?.[0] === step) dot(heldOut, look.heldOut, 3.5);
+  for (const series of ["raw", "smooth", "held"]) find(`.tip .${series}`).hidden = !visible(series);
+  if (visible("raw")) dot(plot.train[i], look.train, 2.5);
+  if (visible("smooth")) dot(plot.smooth[i], look.train, 3.5);
+  if (visible("held") && heldOut?.[0] === step) dot(heldOut, look.heldOut, 3.5);
   find(".at").textContent = `step ${whole(step)}`;
   find(".raw b").textContent = exact(loss);
   find(".smooth b").textContent = exact(plot.smooth[i][1]);
@@ -310,110 +348,6 @@ function drawCrosshair() {
   const beside = at + 14 + tip.offsetWidth > view.width ? at - 14 - tip.offsetWidth : at + 14;
   tip.style.transform = `translate(${Math.max(0, beside)}px, ${view.top - 4}px)`;
 }
-
-// --- In words, for screen readers and whoever prefers a table; every four seconds at most ---
-
-let [described, describing] = [0, 0];
-
-function describe() {
-  [describing, described] = [0, Date.now()];
-  const [training, heldOut, low] = [plot.smooth.at(-1), plot.heldOut.at(-1), best()];
-  const parts = [`Loss curve: step ${whole(lastStep())} of ${whole(wholeRange()[1])}`];
-  if (training) parts.push(`training loss ${short(training[1])}`);
-  if (heldOut) parts.push(`held-out loss ${short(heldOut[1])}, best ${short(low[1])} at step ${whole(low[0])}`);
-  if (behind) parts.push("the server does not answer");
-  canvas.setAttribute("aria-label", parts.length > 1 ? parts.join(", ") : empty.textContent);
-  if (details.open) fillTable();
-}
-
-/** At most `most` of a list, evenly, counted from its end so that the newest is always there. */
-const thin = (list, most) => list.filter((_, i) => (list.length - 1 - i) % Math.ceil(list.length / most) === 0);
-
-function fillTable() {
-  const heldOut = new Map(thin(plot.heldOut, 50));
-  const indexes = thin([...plot.train.keys()], 200 - heldOut.size);
-  const training = new Map(indexes.map((i) => [plot.train[i][0], [plot.train[i][1], plot.smooth[i][1]]]));
-  const steps = [...new Set([...training.keys(), ...heldOut.keys()])].sort((a, b) => b - a);
-  const cell = (tag, more) => Object.assign(document.createElement(tag), more);
-  const rows = steps.map((step) => {
-    const losses = [...(training.get(step) ?? [null, null]), heldOut.get(step) ?? null];
-    const row = cell("tr");
-    row.append(cell("th", { textContent: whole(step), scope: "row" }));
-    row.append(...losses.map((loss) => cell("td", { textContent: loss === null ? "" : exact(loss) })));
-    return row;
-  });
-  find("tbody").replaceChildren(...rows);
-  find("caption").textContent = `${whole(indexes.length)} of ${whole(plot.train.length)} training points, newest first`;
-}
-
-// --- Hands: pointer, touch, keyboard ---
-
-function zoomTo(a, b) {
-  const [start, end] = wholeRange();
-  const [from, to] = [Math.max(start, Math.min(a, b)), Math.min(end, Math.max(a, b))];
-  if (from <= start && to >= end) plot.zoom = null;
-  else if (lastBefore(plot.train, to) - lastBefore(plot.train, from) >= 2) plot.zoom = [from, to]; // less is an empty frame
-  schedule();
-}
-
-function leave() {
-  [cursor, drag] = [null, null];
-  schedule();
-}
-
-function showAll() {
-  [plot.zoom, drag] = [null, null];
-  schedule();
-}
-
-canvas.addEventListener("pointerdown", (event) => {
-  if (event.button || !plot.train.length) return;
-  cursor = view.step(event.offsetX);
-  schedule();
-  if (event.pointerType === "touch") return; // a finger reads the curve; if it zoomed, scrolling the page would too
-  canvas.setPointerCapture(event.pointerId);
-  drag = { from: event.offsetX, to: event.offsetX };
-});
-canvas.addEventListener("pointermove", (event) => {
-  cursor = view && view.step(event.offsetX);
-  if (drag) drag.to = event.offsetX;
-  schedule();
-});
-canvas.addEventListener("pointerup", () => {
-  if (drag && Math.abs(drag.to - drag.from) > 6) zoomTo(view.step(drag.from), view.step(drag.to));
-  drag = null;
-  schedule();
-});
-canvas.addEventListener("pointerleave", (event) => event.pointerType === "touch" || leave()); // a tapped point stays
-canvas.addEventListener("pointercancel", leave);
-canvas.addEventListener("blur", leave);
-canvas.addEventListener("dblclick", showAll);
-reset.addEventListener("click", () => (showAll(), canvas.focus()));
-
-canvas.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") return showAll();
-  const [from, to] = plot.zoom ?? wholeRange();
-  const [first, last] = [lastBefore(plot.train, from - 1e-9) + 1, lastBefore(plot.train, to)];
-  const [now, jump] = [cursor === null ? last + 1 : nearest(cursor), event.shiftKey ? 10 : 1];
-  const target = { ArrowLeft: now - jump, ArrowRight: now + jump, Home: first, End: last }[event.key];
-  const half = { "+": (to - from) / 4, "=": (to - from) / 4, "-": to - from }[event.key]; // of the range after zooming
-  if ((target === undefined && !half) || last < first || event.ctrlKey || event.metaKey || event.altKey) return;
-  event.preventDefault(); // or the page scrolls
-  if (half) return zoomTo((cursor ?? (from + to) / 2) - half, (cursor ?? (from + to) / 2) + half);
-  const i = Math.min(last, Math.max(first, target));
-  cursor = plot.train[i][0];
-  schedule();
-  const heldOut = plot.heldOut.find(([step]) => step === cursor);
-  find(".spoken").textContent =
-    `Step ${whole(cursor)}: training ${exact(plot.train[i][1])}, smoothed ${exact(plot.smooth[i][1])}` +
-    (heldOut ? `, held-out ${exact(heldOut[1])}` : "");
-});
-
-details.open = Boolean(window.lossPlotTable);
-details.addEventListener("toggle", () => {
-  window.lossPlotTable = details.open;
-  if (details.open) fillTable();
-});
 
 // --- What else calls for a new drawing: size, theme, another screen's pixels ---
 

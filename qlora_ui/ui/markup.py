@@ -21,7 +21,7 @@ def question(words: str) -> str:
 
 
 def status(progress: Progress | None, trouble: str = "") -> str:
-    """The run bar's line; `trouble` is what no event tells. What is announced changes with the phase, not with every step."""
+    """The run bar's line; `trouble` is what no event tells. What screen readers announce changes with the phase, not with every step."""
     if progress is None:
         return f'<div class="status" data-state="idle">{escape(trouble or "No run yet. Choose data, then start training.")}</div>'
     line = " · ".join(filter(None, [progress.status_line(), trouble]))
@@ -61,8 +61,21 @@ def tiles(progress: Progress | None) -> str:
         "memory": f"{last.memory_gib:.1f} GB" if last else "",
         "time left": duration(eta) if eta is not None else "",
     }
-    cells = "".join(f"<div><dt>{name}</dt><dd>{escape(value) or '–'}</dd></div>" for name, value in figures.items())
+    under = {
+        "held-out": f"best at {progress.best.step}" if progress and progress.best else "",
+        "time left": f'done <time data-at="{progress.done_at:.0f}"></time>' if progress and progress.done_at is not None else "",
+    }
+    cells = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(value) or '–'}</dd><dd class='under'>{under.get(name, '')}</dd></div>"
+        for name, value in figures.items()
+    )
     return f'<dl class="tiles">{cells}</dl>'
+
+
+def hints(sentences: list[str]) -> str:
+    """The place under the tiles, as high with two hints as with none. Not announced: their figures move with every step."""
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences) or '<p class="none">Nothing to point out so far.</p>'
+    return f'<div class="hints" role="note" aria-label="Hints">{said}</div>'
 
 
 NO_LOG = "What the run does is written here, line by line."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -70,11 +69,11 @@ def build() -> Planner:
     return Planner(verdict=verdict, card=card, bar=bar, ask_hub=ask_hub)
 
 
-def wire(services: Services, planner: Planner, names: list[str], values: list[Any], triggers: Sequence[Any], quiet: dict[str, Any]) -> None:
-    """Plan again at every trigger. Only the button asks anybody outside this machine."""
+def wire(services: Services, planner: Planner, names: list[str], values: list[Any], changed: Any, quiet: dict[str, Any]) -> None:
+    """Plan again at every `changed` event. Only the button asks anybody outside this machine."""
     plan: dict[str, Any] = {"inputs": [planner.card, *values], "outputs": planner.shown, **quiet}
     fn = partial(look, services, names, False)
-    gr.on([*triggers, planner.card.input], fn, **plan, queue=False, trigger_mode="always_last")
+    changed(fn, **plan, queue=False, trigger_mode="always_last")
     planner.ask_hub.click(partial(look, services, names, True), **plan)
 
 

@@ -10,11 +10,23 @@ import gradio as gr
 
 Curves = Callable[[str, int, int, int, int], dict[str, Any]]
 
-SCRIPT = Path(__file__).with_name("loss_plot.js")
+SCRIPTS = [Path(__file__).with_name(f"loss_plot{part}.js") for part in ("", "_words", "_hands", "_tools")]
 
 # Nothing in here depends on the value: Gradio compares the rendered text and leaves an unchanged one in the page alone,
 # so the canvas, the zoom and an opened table survive every update.
 TEMPLATE = """
+<div class="tools">
+  <div role="group" aria-label="Lines of the loss plot">
+    <button type="button" class="raw" data-tool="raw" aria-pressed="true"><i></i>Training</button>
+    <button type="button" class="smooth" data-tool="smooth" aria-pressed="true"><i></i>Smoothed</button>
+    <button type="button" class="held" data-tool="held" aria-pressed="true"><i></i>Held-out</button>
+  </div>
+  <div role="group" aria-label="Axis and downloads of the loss plot">
+    <button type="button" data-tool="log" aria-pressed="false" aria-label="Logarithmic loss axis">Log axis</button>
+    <button type="button" data-tool="csv" aria-label="Download the points as CSV">CSV</button>
+    <button type="button" data-tool="png" aria-label="Download the picture as PNG">PNG</button>
+  </div>
+</div>
 <div class="frame">
   <canvas tabindex="0" role="img" aria-label="The loss curve appears here with the first step."></canvas>
   <p class="empty" aria-hidden="true" hidden>The loss curve appears here with the first step.</p>
@@ -51,6 +63,15 @@ box-sizing: border-box; padding: 14px 16px 10px; border: 1px solid var(--border-
 background: var(--block-background-fill); color: var(--body-text-color); font-size: 12px; line-height: 16px;
 font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums;
 [hidden] { display: none; }
+.tools, .tools div { display: flex; flex-wrap: wrap; gap: 6px; justify-content: space-between; }
+.tools { margin-bottom: 14px; }
+.tools button { display: inline-flex; align-items: center; gap: 6px; height: 26px; padding: 0 10px; border-radius: 999px; font: inherit;
+  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); color: var(--loss-quiet); cursor: pointer; }
+.tools button:hover { color: var(--body-text-color); }
+.tools button[aria-pressed="true"] { color: var(--body-text-color); background: var(--background-fill-secondary);
+  border-color: var(--loss-quiet); }
+.tools button[aria-pressed="false"] i { background: none; box-shadow: inset 0 0 0 1px var(--loss-quiet); opacity: 1; }
+button:focus-visible, summary:focus-visible { outline: 2px solid var(--loss-train); outline-offset: 2px; }
 .frame { position: relative; height: 300px; }
 canvas { position: absolute; inset: 0; width: 100%; height: 100%; cursor: crosshair; touch-action: pan-y; user-select: none;
   border-radius: 4px; }
@@ -66,10 +87,10 @@ canvas { position: absolute; inset: 0; width: 100%; height: 100%; cursor: crossh
   background: var(--block-background-fill); box-shadow: 0 4px 14px rgb(0 0 0 / 0.09);
   pointer-events: none; line-height: 18px; }
 .at { font-weight: 600; margin-bottom: 2px; }
-.raw, .smooth, .held { display: flex; align-items: center; gap: 7px; }
+.tip div:not(.at, [hidden]) { display: flex; align-items: center; gap: 7px; }
 .tip span { flex: 1; color: var(--loss-quiet); white-space: nowrap; }
 .tip b { font-weight: 600; }
-.tip i { flex: none; width: 10px; height: 2px; border-radius: 1px; background: var(--loss-train); }
+i { flex: none; width: 10px; height: 2px; border-radius: 1px; background: var(--loss-train); }
 .raw i { opacity: 0.4; }
 .held i { width: 6px; height: 6px; margin: 0 2px; border-radius: 50%; background: var(--loss-held); }
 .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
@@ -94,7 +115,7 @@ def loss_plot(curves: Curves) -> gr.HTML:
     """The plot of one run. Its value is {"run": run id or "", "version": a number that changes when the run has news}.
 
     The page then asks `curves(run_id, rewinds, stride, count, held_out_count)` for the points that it lacks and gets the fields of
-    a `progress.CurveDelta`. An unknown run is the business of `curves`.
+    a `curves.CurveDelta`. An unknown run is the business of `curves`.
     """
 
     def loss_points(cursor: list[Any]) -> dict[str, Any]:
@@ -108,7 +129,7 @@ def loss_plot(curves: Curves) -> gr.HTML:
         elem_id="loss-plot",
         html_template=TEMPLATE,
         css_template=STYLE,
-        js_on_load=SCRIPT.read_text(encoding="utf-8"),
+        js_on_load="\n".join(script.read_text(encoding="utf-8") for script in SCRIPTS),
         server_functions=[loss_points],
         apply_default_css=False,
     )

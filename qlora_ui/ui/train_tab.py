@@ -14,7 +14,7 @@ from qlora_ui.config import KNOBS
 from qlora_ui.data import sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, live, markup, planner, settings_file
+from qlora_ui.ui import form, live, markup, more_curves, planner, settings_file
 from qlora_ui.ui.plots import loss_plot
 
 FIRST_PRESET = "starter"
@@ -32,6 +32,7 @@ class TrainTab:
     """The components that other tabs and the timer are wired to."""
 
     preset: gr.Dropdown
+    about: gr.HTML
     data_line: gr.HTML
     memory: planner.Planner
     plan: gr.HTML
@@ -56,7 +57,8 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
     with gr.Row():
         with gr.Column(scale=2, min_width=320, elem_id="train-form", elem_classes=["helped"]):
             choices = [(presets.load(name).title, name) for name in names]
-            preset = gr.Dropdown(choices, value=first.name, label="Preset", info=first.about, elem_id="preset-select")
+            preset = gr.Dropdown(choices, value=first.name, label="Preset", elem_id="preset-select")
+            about = gr.HTML(markup.note(first.about), elem_id="preset-about")
             model = gr.Dropdown(
                 form.MODEL_CHOICES, value=first.config.model.model, allow_custom_value=True, label="Model", elem_id="model-input"
             )
@@ -77,11 +79,14 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                 differences = gr.HTML(elem_id="resume-differences")
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
             tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
+            gr.HTML(markup.hints([]), js_on_load=live.SHOW_NEWS, elem_id="hints")
             plot = loss_plot(curves)
             log = gr.HTML(markup.log(), js_on_load=live.SHOW_NEWS, elem_id="log-box")
+            more_curves.build(services)
 
     return TrainTab(
         preset=preset,
+        about=about,
         data_line=data_line,
         memory=memory,
         plan=plan,
@@ -102,9 +107,13 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
 
 def choose_preset(names: list[str], preset: str) -> list[Any]:
     """The preset's settings. The data stays what was chosen, and with it what is said of its rows."""
-    chosen = presets.load(preset)
-    filled = zip(names, form.filled(names, chosen.config.values()), strict=True)
-    return [gr.update(info=chosen.about), *(gr.skip() if name in OF_THE_DATA else update for name, update in filled)]
+    filled = zip(names, form.filled(names, presets.load(preset).config.values()), strict=True)
+    return [gr.skip() if name in OF_THE_DATA else update for name, update in filled]
+
+
+def about_preset(preset: str) -> str:
+    """What it is for and needs."""
+    return markup.note(presets.load(preset).about)
 
 
 def start(services: Services, names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> list[Any]:

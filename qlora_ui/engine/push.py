@@ -1,0 +1,78 @@
+"""An export on the Hugging Face Hub. The token is that of the environment or login, never written. Knows nothing of weights or Gradio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from qlora_ui.engine.model import hub_problem
+from qlora_ui.errors import UserError
+from qlora_ui.events import Event, Log
+from qlora_ui.stopping import Cancelled, abandonable
+
+Emit = Callable[[Event], None]
+ShouldStop = Callable[[], bool]
+Result = TypeVar("Result")
+
+ANSWER_SECONDS = 4.0
+
+
+def check(repository: str, should_stop: ShouldStop) -> None:
+    """Ask the Hub, before any work, whether it knows the token. Raises UserError or Cancelled, within five seconds."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--push is {repository!r}, which is no name on the Hub. Write it as owner/name.", field="push") from error
+    if repository.count("/") != 1:
+        raise UserError(f"--push is {repository!r}. Write it as owner/name.", field="push")
+    if not get_token():
+        raise UserError("Pushing needs a token that may write: set HF_TOKEN, or log in with: hf auth login", field="push")
+    _asked(lambda: HfApi().whoami(), "Nothing was exported", should_stop)
+
+
+def licence_of(model: str, should_stop: ShouldStop) -> str:
+    """What the Hub says of a model's licence; empty where it says nothing, or knows no such model."""
+    try:
+        data = _asked(lambda: HfApi().model_info(model).card_data, model, should_stop)
+    except UserError:
+        return ""
+    return str((data.get("license") if data else "") or "")
+
+
+def push(folder: Path, repository: str, emit: Emit, should_stop: ShouldStop) -> str:
+    """Upload all of a folder in one commit and return its address. A repository that is not there is made, private.
+
+    Raises UserError, or Cancelled: then nothing of it can be seen there.
+    """
+    api = HfApi()
+    kept = f"{folder} is complete, but was not pushed to {repository}"
+    emit(Log(text=f"Pushing to {repository}; where that is new, it is made private"))
+    _asked(lambda: api.create_repo(repository, private=True, exist_ok=True), kept, should_stop)
+    done = _asked(
+        lambda: api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from QLoRA UI"), kept, should_stop, None
+    )
+    emit(Log(text=f"Pushed: commit {done.oid[:12]}"))
+    return str(done.repo_url)
+
+
+def _asked(call: Callable[[], Result], so: str, should_stop: ShouldStop, seconds: float | None = ANSWER_SECONDS) -> Result:
+    """What the Hub answers. Raises UserError that begins with `so`, also when it takes longer than that."""
+    deadline = time.monotonic() + seconds if seconds else float("inf")
+    try:
+        return abandonable(call, lambda: should_stop() or time.monotonic() > deadline)
+    except Cancelled as error:
+        if should_stop():
+            raise
+        raise UserError(f"{so}: the Hugging Face Hub does not answer. Check the connection, then try again.", field="push") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise UserError(f"{so}: the Hub refuses the token. Give one that may write there, in HF_TOKEN.", field="push") from error
+        raise UserError(f"{so}: {hub_problem(error)}.", field="push") from error
+    except (HTTPError, OSError) as error:
+        raise UserError(f"{so}: {hub_problem(error)}.", field="push") from error

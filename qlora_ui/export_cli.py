@@ -1,0 +1,83 @@
+"""`python -m qlora_ui export`: a run's model to take away. Knows nothing of Gradio; loads the engine when all else is checked."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from qlora_ui import exports
+from qlora_ui.events import Event, Log, PhaseProgress
+from qlora_ui.progress import amount
+from qlora_ui.runs import Workspace
+from qlora_ui.stopping import Cancelled, abandonable
+
+CANCELLED = 130  # what shells know of Ctrl-C: whoever waits for the export must not take it for done
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The command and its flags."""
+    export = commands.add_parser("export", help="take away a run's adapter, its merged model, or a folder that chats")
+    export.add_argument("--run", required=True, help="the run's id")
+    kind = export.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--adapter", dest="kind", action="store_const", const="adapter", help="the adapter, as PEFT reads it")
+    kind.add_argument("--merged", dest="kind", action="store_const", const="merged", help="base and adapter in one, in 16 bits")
+    kind.add_argument("--folder", dest="kind", action="store_const", const="folder", help="adapter, README and a script that chats")
+    export.add_argument("--to", required=True, metavar="PATH", help="a new folder; for --adapter also a new .zip")
+    export.add_argument("--checkpoint", type=int, metavar="STEP", help="the weights after that step (default: the result, else the newest)")
+    export.add_argument("--quantize", choices=["nf4"], help="with --merged: quantize it again, as bitsandbytes stores it")
+    export.add_argument("--push", default="", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub too (token: HF_TOKEN or login)")
+    export.add_argument("--json", action="store_true", help="print what was made as one JSON object")
+    export.set_defaults(command=export_command)
+
+
+def export_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
+    """Export, telling the way on the go. Ctrl-C leaves nothing."""
+    workspace.settle()
+    run = workspace.get(arguments.run)
+    wish = exports.plan(run, arguments.kind, arguments.to, arguments.checkpoint, arguments.quantize is not None, arguments.push)
+    told = sys.stderr if arguments.json else sys.stdout
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Log):
+            print(("\r\033[K" if sys.stderr.isatty() else "") + event.text, file=told, flush=True)
+        elif isinstance(event, PhaseProgress) and sys.stderr.isatty():
+            print(f"\r\033[K{amount(event)}", end="", file=sys.stderr, flush=True)
+
+    with stop_on_signals() as stop:
+        try:
+            emit(Log(text="Loading the libraries"))
+            abandonable(lambda: importlib.import_module("qlora_ui.engine"), stop.is_set)
+            from qlora_ui.engine import export, push
+
+            if wish.repository:
+                push.check(wish.repository, stop.is_set)
+            made = export.export(wish, emit, stop.is_set)
+            pushed = push.push(made.path, wish.repository, emit, stop.is_set) if wish.repository else ""
+        except Cancelled:
+            done = f"{wish.target} is complete, but was not pushed" if wish.target.exists() else f"nothing was written to {wish.target}"
+            print(f"Cancelled: {done}.", file=sys.stderr)
+            return CANCELLED
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(made), "pushed": pushed}, default=str))
+    else:
+        print(f"{made.verification.sentence()}\nWrote {made.path} ({exports.megabytes(made.bytes)})")
+    return 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and a polite kill set, in place of ending the process anywhere."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
