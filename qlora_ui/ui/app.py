@@ -37,18 +37,21 @@ def build(services: Services) -> gr.Blocks:
     """The whole page over these services. It holds no state of a run: every page reads the run folders."""
     with gr.Blocks(title="QLoRA UI", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         bar = run_bar.build()
+        # Out here, because what lies in a tab that was not opened yet is not read from the browser.
+        kept_chat = gr.BrowserState({}, storage_key="qlora-ui-chat", secret="not secret, only fixed")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Data", id="data", elem_id="tab-data"):
                 data = data_tab.build(services, presets.load(train_tab.first_preset()).config)
             with gr.Tab("Train", id="train", elem_id="tab-train"):
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
-                chat = chat_tab.build(services)
+                chat = chat_tab.build(services, kept_chat)
             with gr.Tab("Runs", id="runs", elem_id="tab-runs") as runs_shown:
                 runs = runs_tab.build(services, QUIET)
                 runs_shown.select(None, None, None, js=runs_tab.REFRESH)
         news = live.News(services)
         seen = live.build(news)
+        page.load(partial(chat_tab.restored, services), [kept_chat], [chat.run, chat.tuned, chat.base], **QUIET)
         wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
         scripting.build(services)
     return page
@@ -113,7 +116,6 @@ def wire(
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
     bar.chat.click(partial(talk_to, services), [bar.run], [tabs, chat.run], **QUIET)
 
-    page.load(partial(chat_tab.restored, services), [chat.kept], [chat.run, chat.tuned, chat.base], **QUIET)
     runs.chat.click(partial(talk_to, services), [runs.one], [tabs, chat.run], **QUIET)
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)

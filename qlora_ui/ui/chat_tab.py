@@ -35,7 +35,6 @@ class ChatTab:
     send: gr.Button
     tuned: gr.Chatbot
     base: gr.Chatbot
-    kept: gr.BrowserState
 
 
 @dataclass
@@ -46,8 +45,8 @@ class Wish:
     start_over: bool = False
 
 
-def build(services: Services) -> ChatTab:
-    """Components first, in reading order, then the wiring."""
+def build(services: Services, kept: gr.BrowserState) -> ChatTab:
+    """Components first, in reading order, then the wiring. `kept` is what the browser keeps of the conversation."""
     with gr.Row(equal_height=True, elem_id="chat-head"):
         run = gr.Dropdown([], label="Talk to", info="Any run whose adapter was saved.", elem_id="run-select", scale=4)
         compare = gr.Checkbox(label="Compare with base", elem_id="compare-switch", scale=1, min_width=180)
@@ -82,7 +81,7 @@ def build(services: Services) -> ChatTab:
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "chat", **quiet}
-    wish, kept = gr.State(Wish()), gr.BrowserState({}, storage_key="qlora-ui-chat", secret="not secret, only fixed")
+    wish = gr.State(Wish())
     asked = [wish, run, text, compare, tuned, base, system, temperature, top_p, top_k, penalty, max_new_tokens, seed]
     told = [tuned, base, note, text, send, stop]
 
@@ -100,7 +99,7 @@ def build(services: Services) -> ChatTab:
     for button, form in ((as_text, "md"), (as_json, "json")):
         button.click(partial(saved, form), [run, tuned, base, compare], [file], **quiet).then(None, None, None, js=PRESS)
     gr.api(partial_named(services), api_name="chat", concurrency_limit=1, concurrency_id="chat")
-    return ChatTab(run=run, send=send, tuned=tuned, base=base, kept=kept)
+    return ChatTab(run=run, send=send, tuned=tuned, base=base)
 
 
 def ask_to_stop(wish: Wish) -> None:
@@ -243,10 +242,10 @@ def kept_chat(run_id: str | None, tuned: list[Turn], base: list[Turn]) -> dict[s
     return {"run": run_id, "tuned": spoken(tuned), "base": spoken(base)}
 
 
-def restored(services: Services, kept: dict[str, Any]) -> list[Any]:
+def restored(services: Services, kept: dict[str, Any] | None) -> list[Any]:
     """The conversation that this browser kept, while its run is still there."""
-    run = services.find(str(kept.get("run", "")))
-    if run is None or not run.adapter.is_dir():
+    run = services.find(str(kept.get("run", ""))) if kept else None
+    if not kept or run is None or not run.adapter.is_dir():
         return [gr.skip(), gr.skip(), gr.skip()]
     return [gr.update(choices=[run.id], value=run.id), kept.get("tuned") or [], kept.get("base") or []]
 
