@@ -7,6 +7,7 @@ const LATE_MS = 20000;
 const MOST_LINES = 60;
 const MOST_MISSED = 3; // questions without an answer, after which the page says that it does not know
 const AWAY = "The app does not answer. It said last: ";
+const page = Math.random().toString(36).slice(2);
 const shown = { version: "", run: "", parts: {}, lines: [], count: -1 };
 let [asking, askAgain, timer, missed] = [false, false, 0, 0];
 
@@ -17,7 +18,7 @@ async function ask() {
   const curve = window.lossPlotCursor?.() ?? null;
   // A failed call answers undefined (Gradio's client logs it), and so does one that hangs: the next one may succeed.
   const late = new Promise((resolve) => setTimeout(resolve, LATE_MS));
-  const answer = await Promise.race([server.news([shown.version, shown.run, shown.count, curve]), late]);
+  const answer = await Promise.race([server.news([page, shown.version, shown.run, shown.count, curve]), late]);
   asking = false;
   if (!element.isConnected) return; // a later mount asks for itself
   missed = answer ? 0 : missed + 1;
@@ -25,7 +26,7 @@ async function ask() {
   else if (answer) window.showNews(); // instead of what was said while there was no answer
   else if (missed >= MOST_MISSED) sayAway();
   if (document.hidden) return; // visibilitychange goes on
-  timer = setTimeout(ask, askAgain || answer?.behind ? 0 : EVERY_MS);
+  timer = setTimeout(ask, askAgain || answer?.behind ? 0 : 1000 * answer?.wait || EVERY_MS);
 }
 
 function take({ version, run, redraw, parts, log, curve: points }, asked) {

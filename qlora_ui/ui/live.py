@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,10 @@ SCRIPT = Path(__file__).with_name("live.js")
 SHOW_NEWS = "window.showNews?.()"
 """The `js_on_load` of what the script writes into and what stands inside a tab: it is filled at once when the tab is opened."""
 
+QUESTIONS_A_SECOND = 6
+"""Of all open pages together. An answer takes about 3 ms of one core, most of it Gradio's own: so the many cost no more than 2 %."""
+
+GONE_SECONDS = 60.0
 READING_SECONDS = 0.15
 """How long one question may read events: a long run whose snapshot is missing is known after a few questions, and nobody waits."""
 
@@ -32,6 +37,7 @@ class News:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._drawn: tuple[str, dict[str, str]] = ("", {})
+        self._asked: dict[str, float] = {}
 
     def key(self, run: Run | None, progress: Progress | None) -> str:
         """What buttons and choices depend on. They are drawn by Gradio, and only when this changes."""
@@ -42,6 +48,14 @@ class News:
         known = "device" if self._services.hardware() else "no device yet"
         runs = self._services.workspace.runs
         return " ".join([*parts, known, str(runs.stat().st_mtime_ns) if runs.is_dir() else "no folder"])
+
+    def wait_seconds(self, page: str) -> float:
+        """After how long a page is to ask again: a second, or longer where so many are open that answers would slow a training down."""
+        now = time.monotonic()
+        self._asked[page] = now
+        if len(self._asked) > QUESTIONS_A_SECOND:
+            self._asked = {one: asked for one, asked in self._asked.items() if now - asked < GONE_SECONDS}
+        return max(1.0, len(self._asked) / QUESTIONS_A_SECOND)
 
     def since(self, version: str, run_id: str, log_count: int, curve: list[Any] | None) -> dict[str, Any]:
         """What a page lacks that has `version`, `log_count` lines of that run's log, and the plot's cursor `curve`; {} when nothing."""
@@ -101,8 +115,9 @@ def build(news: News) -> gr.HTML:
 
     def told(cursor: list[Any]) -> dict[str, Any]:
         """What the page calls; Gradio hands several arguments over as one list."""
-        version, run_id, log_count, curve = cursor
-        return news.since(str(version), str(run_id), int(log_count), curve)
+        page, version, run_id, log_count, curve = cursor
+        wait = news.wait_seconds(str(page))
+        return {**news.since(str(version), str(run_id), int(log_count), curve), "wait": wait}
 
     told.__name__ = "news"
     script = SCRIPT.read_text(encoding="utf-8")
