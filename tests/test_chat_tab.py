@@ -17,6 +17,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.runs import Run, Workspace
 
 MINUTE = 60_000
+KEPT = "localStorage.getItem('qlora-ui-chat')"
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +87,16 @@ def test_a_conversation_is_retried_changed_taken_back_kept_over_a_reload_and_tak
         expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
         expect(column.locator(".user")).to_have_count(1)
 
+        page.locator("#chat-seed input").fill("7")
+        page.locator("#chat-seed input").blur()
         column.get_by_label("Edit").first.click()
         column.locator("textarea").fill("Question 2")
+        kept = page.evaluate(KEPT)  # the retried answer's: it was written long ago
         column.get_by_label("Submit").click()
         expect(column.locator(".user").first).to_contain_text("Question 2")
-        expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
+        expect(page.locator("#chat-note")).to_contain_text("seed 7", timeout=MINUTE)
         expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
+        page.wait_for_function(f"kept => ({KEPT}) !== kept", arg=kept)
         expect(column.locator(".user")).to_have_count(1)
 
         page.reload()
