@@ -333,5 +333,7 @@ def test_a_start_waits_for_the_parting_of_a_process_whose_run_has_ended(workspac
     threading.Timer(0.5, parting.release).start()
     shutil.copy(rows, workspace.uploads)
     run = page.start(tiny.tiny_config(workspace.uploads / rows.name))
+    assert not parting.is_locked
+    assert run.state() == "running"
     page.jobs.stop(run)
     ended(page.jobs)
