@@ -283,9 +283,9 @@ def describe(event: Event) -> str:
 def chat_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Print the answer as it is written."""
     run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
-    from qlora_ui.engine import chat
+    from qlora_ui.engine import chat, decoding
 
-    sampling = chat.Sampling(temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    sampling = decoding.Sampling(temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     model = chat.ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
     question = [Message(role="user", content=arguments.prompt)]
     printed = ""

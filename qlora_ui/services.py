@@ -31,7 +31,8 @@ from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
 
 if TYPE_CHECKING:
-    from qlora_ui.engine.chat import Answers, ChatModel, Sampling
+    from qlora_ui.engine.chat import ChatModel
+    from qlora_ui.engine.decoding import Answers, Sampling
     from qlora_ui.engine.hardware import Hardware
 
 T = TypeVar("T")

@@ -21,7 +21,8 @@ from qlora_ui.config import RunConfig
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
 from qlora_ui.engine.adapter import add_adapter, check_start, continue_adapter, find_adapter, load_adapter
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import Found, load_quantized
 from qlora_ui.engine.shape import layers_pattern

@@ -17,7 +17,8 @@ from transformers.models.falcon import modeling_falcon
 
 from qlora_ui import jobs
 from qlora_ui.data.formats import Message
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.layers import plain_linears
 from qlora_ui.engine.train import train
 from qlora_ui.events import Event, HeldOut, Log, Step

@@ -15,7 +15,8 @@ import torch
 from qlora_ui import jobs
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
-from qlora_ui.engine.chat import Answers, ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Answers, Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, load_quantized
 from qlora_ui.engine.train import train

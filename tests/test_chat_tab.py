@@ -12,7 +12,8 @@ from serving import go, open_page, served
 from training import trained
 
 from qlora_ui.data.formats import Message
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.errors import UserError
 from qlora_ui.runs import Run, Workspace
 

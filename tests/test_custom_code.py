@@ -12,7 +12,8 @@ import tiny
 from qlora_ui import jobs, presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data.formats import Message
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.train import train
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Failed, Log

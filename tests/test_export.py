@@ -28,7 +28,8 @@ from qlora_ui import exports
 from qlora_ui.cli import main
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import export_merged
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.export import export
 from qlora_ui.engine.logits import logits
 from qlora_ui.engine.merge import dequantize, merge

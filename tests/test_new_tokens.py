@@ -19,7 +19,8 @@ from qlora_ui.config import QuantizationConfig
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
 from qlora_ui.engine.adapter import load_adapter
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, load_quantized, make_room
 from qlora_ui.engine.shape import token_layers

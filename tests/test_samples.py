@@ -15,7 +15,8 @@ from qlora_ui import jobs
 from qlora_ui.data.checks import Conversation
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import samples, tokens
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.train import train
 from qlora_ui.events import Event, HeldOut, Sample, Step, Stopped
 from qlora_ui.progress import Progress

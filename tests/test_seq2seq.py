@@ -17,7 +17,8 @@ from qlora_ui.data import checks
 from qlora_ui.data.checks import Conversation
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import seq2seq, tokens
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, load_quantized, load_tokenizer
 from qlora_ui.engine.preview import open_preview

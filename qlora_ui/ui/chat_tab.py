@@ -18,7 +18,7 @@ from qlora_ui.services import Services, Side
 from qlora_ui.ui import markup
 
 if TYPE_CHECKING:
-    from qlora_ui.engine.chat import Answers
+    from qlora_ui.engine.decoding import Answers
 
 FIRST_QUESTION = "Who are you?"
 BUSY = [gr.update(interactive=False), gr.update(interactive=True)]  # of Send and Stop
@@ -199,9 +199,9 @@ def respond(
     sides: list[Side] = [(who, [*said_first, *messages(history)]) for who, history in zip(whos, histories, strict=False)]
     yield [*columns(histories), markup.note("Getting the model ready…"), during, *BUSY]
     try:
-        from qlora_ui.engine import chat
+        from qlora_ui.engine import decoding
 
-        drawn = chat.Sampling(
+        drawn = decoding.Sampling(
             temperature=temperature,
             top_p=top_p,
             top_k=int(top_k),
@@ -289,12 +289,12 @@ def partial_named(services: Services) -> Any:
     """The scripting endpoint /chat; Gradio reads its name and types from the function."""
 
     def chat(run: str, prompt: str, base: bool = False, temperature: float = 0.0, max_new_tokens: int = 200, seed: int = 0) -> str:
-        from qlora_ui.engine import chat as engine
+        from qlora_ui.engine import decoding
 
         who: Literal["adapter", "base"] = "base" if base else "adapter"
         said = ""
         try:
-            drawn = engine.Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+            drawn = decoding.Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
             for answers in services.chat.reply(services.workspace.get(run), [(who, [Message(role="user", content=prompt)])], drawn):
                 said = answers.texts[0]
         except UserError as error:

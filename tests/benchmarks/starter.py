@@ -12,7 +12,8 @@ from pathlib import Path
 
 from qlora_ui import presets
 from qlora_ui.data.formats import Message
-from qlora_ui.engine.chat import ChatModel, Sampling
+from qlora_ui.engine.chat import ChatModel
+from qlora_ui.engine.decoding import Sampling
 from qlora_ui.jobs import Jobs
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run, Workspace
