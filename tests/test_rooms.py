@@ -36,6 +36,7 @@ ROOMS = (
     "data",
     "engine",
     "evaluate",
+    "votes",
     "inspection",
     "overview",
     "time_plan",
