@@ -203,7 +203,7 @@ def test_a_model_in_the_workspace_comes_first_and_the_hub_is_not_asked(workspace
         ("o/gated", "o/gated is gated: accept its licence on its Hub page and set HF_TOKEN to your token."),
         ("o/bad-token", "HTTP status 401. Check that HF_TOKEN is a valid token that may read it, or use one on this machine."),
         ("o/forbidden", "HTTP status 403. Check that HF_TOKEN is a valid token that may read it, or use one on this machine."),
-        ("o/busy", "o/busy could not be fetched: the Hugging Face Hub answered with HTTP status 503. Try again later, or use a model"),
+        ("o/busy", "o/busy could not be fetched: the Hugging Face Hub answered with HTTP status 503. Try again later, or use one"),
         ("o/limited", "HTTP status 400. Try again later"),
         ("o/pickled", "o/pickled has no safetensors weights; other formats can run code when loaded. Choose another model."),
     ],
