@@ -48,6 +48,7 @@ ROOMS = (
     "jobs",
     "adapters",
     "talking",
+    "arena",
     "services",
     "plan_cli",
     "export_cli",

@@ -140,17 +140,22 @@ def elo(names: Sequence[str], games: Sequence[Game]) -> tuple[Array, Array]:
     number = {name: at for at, name in enumerate(names)}
     lefts, rights = (np.array([number[getattr(game, side)] for game in games]) for side in ("left", "right"))
     scores = np.array([SCORES[game.outcome] for game in games])
-    orders = max(2, min(MOST_ORDERS, MOST_UPDATES // len(games)))
-    drawn = np.random.default_rng(SEED).permuted(np.tile(np.arange(len(games), dtype=np.int32), (orders, 1)), axis=1)
-    ratings = np.full((orders, len(names)), START)
-    every = np.arange(orders)
+    count = orders(len(games))
+    drawn = np.random.default_rng(SEED).permuted(np.tile(np.arange(len(games), dtype=np.int32), (count, 1)), axis=1)
+    ratings = np.full((count, len(names)), START)
+    every = np.arange(count)
     for played in drawn.T:
         left, right = (every, lefts[played]), (every, rights[played])
         expected = 1 / (1 + 10 ** ((ratings[right] - ratings[left]) / 400))
         gain = K * (scores[played] - expected)
         ratings[left] += gain
         ratings[right] -= gain
-    return ratings.mean(0), IN_95_PERCENT * ratings.std(0, ddof=1) / math.sqrt(orders)
+    return ratings.mean(0), IN_95_PERCENT * ratings.std(0, ddof=1) / math.sqrt(count)
+
+
+def orders(games: int) -> int:
+    """In how many random orders so many games are played: the paper's 10,000, or as many as there is time for."""
+    return max(2, min(MOST_ORDERS, MOST_UPDATES // max(1, games)))
 
 
 # Bradley-Terry ------------------------------------------------------------------------------------------------------------
