@@ -44,13 +44,16 @@ class Speaker:
         return self if self.adapter is None else replace(self, id=BASE_OF + self.id, name=f"{self.name} · base", adapter=None)
 
     @property
+    def stored(self) -> str:
+        """The bits that its base is kept in."""
+        bits = self.quantization.quant_bits
+        return f"4 bits ({self.quantization.quant_type.upper()})" if bits == "4" else f"{bits} bits"
+
+    @property
     def about(self) -> str:
         """What it is, in one line."""
-        bits = f"{self.quantization.quant_bits} bits" + (
-            f", {self.quantization.quant_type.upper()}" * (self.quantization.quant_bits == "4")
-        )
         what = "An adapter on" if self.adapter else "The base model"
-        return f"{what} {self.model} in {bits}. Prompt format: {FORMATS.get(self.prompt_format, self.prompt_format)}."
+        return f"{what} {self.model} in {self.stored}. Prompt format: {FORMATS.get(self.prompt_format, self.prompt_format)}."
 
 
 def find(workspace: Workspace, speaker_id: str) -> Speaker:
