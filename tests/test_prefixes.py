@@ -12,8 +12,17 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from qlora_ui.engine.prefixes import BLOCK, Prefixes, Row
+from qlora_ui.engine import prefixes
+from qlora_ui.engine.prefixes import Prefixes, Row
 from qlora_ui.stopping import Cancelled
+
+BLOCK = 64
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model reads no long conversations."""
+    monkeypatch.setattr(prefixes, "BLOCK", BLOCK)
 
 
 def never() -> bool:
@@ -50,9 +59,9 @@ class Counted:
         self._hook.remove()
 
 
-def recalled(prefixes: Prefixes, *rows: Row) -> Any:
+def recalled(kept: Prefixes, *rows: Row) -> Any:
     with torch.inference_mode():
-        return prefixes.recall(rows, never)
+        return kept.recall(rows, never)
 
 
 def generated(model: Any, prompts: list[list[int]], cache: Any) -> list[list[int]]:
@@ -89,7 +98,7 @@ def test_the_next_turn_computes_only_what_is_new_and_the_very_same_numbers(llama
         cache = recalled(kept, row(second))
     with Counted(llama) as cold:
         alone = recalled(Prefixes(llama, most_bytes=0), row(second))
-    assert (warm.tokens, cold.tokens) == (BLOCK, 3 * BLOCK)
+    assert (warm.tokens, cold.tokens) == (2 * BLOCK, 6 * BLOCK)
     assert all(
         torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
         for one, other in zip(cache.layers, alone.layers, strict=True)
@@ -101,8 +110,8 @@ def test_a_changed_question_keeps_what_was_said_before_it_and_another_speaker_sh
     recalled(kept, row(ids(400)))
     changed = [*ids(200), *ids(200, first=9)]
     for prompt, speaker, expected in (
-        (changed, "somebody", 2),
-        (ids(400), "another", 3),
+        (changed, "somebody", 3),
+        (ids(400), "another", 6),
         (ids(400), "somebody", 0),
         (changed, "somebody", 0),
     ):
@@ -113,16 +122,16 @@ def test_a_changed_question_keeps_what_was_said_before_it_and_another_speaker_sh
 
 def test_memory_is_bounded_and_the_longest_unused_goes_first(llama: Any) -> None:
     measured = Prefixes(llama, most_bytes=10**9)
-    recalled(measured, row(ids(129)))
+    recalled(measured, row(ids(BLOCK + 1)))
     one = measured.bytes
     assert one == 2 * 2 * 2 * 16 * 4 * BLOCK  # layers, keys and values, heads, width, bytes
     kept = Prefixes(llama, most_bytes=2 * one)
     for first in (1, 2, 1, 3):
-        recalled(kept, row(ids(129, first=first)))
+        recalled(kept, row(ids(BLOCK + 1, first=first)))
         assert kept.bytes <= 2 * one
     for first, expected in ((1, 0), (3, 0), (2, BLOCK)):
         with Counted(llama) as counted:
-            recalled(kept, row(ids(129, first=first)))
+            recalled(kept, row(ids(BLOCK + 1, first=first)))
         assert counted.tokens == expected
     kept.forget()
     assert kept.bytes == 0

@@ -14,14 +14,13 @@ from inspect import signature
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from qlora_ui.stopping import Cancelled
 
-BLOCK = 128
+BLOCK = 256  # tokens. A first question is seldom longer, and so is read at once, as plain `generate` does
 KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
 """Of each layer, of shape (rows, heads, tokens, width)."""
 
@@ -49,12 +48,13 @@ class Prefix:
 
 
 class Prefixes:
-    """The prefixes that were read last, in at most so many bytes. For one model, and for as long as it stays as it is."""
+    """The prefixes that were read last, in at most so many bytes. For one model, and for as long as its speakers stay as they are."""
 
     def __init__(self, model: Any, most_bytes: int) -> None:
+        """The base. Adapters may be put on it later."""
         self._model, self._most_bytes = model, most_bytes
         self._kept: list[Prefix] = []  # the one that was read last is the last
-        self._no_logits = {"logits_to_keep": 1} if "logits_to_keep" in signature(inner(model).forward).parameters else {}
+        self._no_logits = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         self._is_possible = keeps_every_token(model)
 
     @property
@@ -74,12 +74,13 @@ class Prefixes:
         if not self._is_possible or not any(whole):
             return None
         read = [self._read(row, row.ids[:end], should_stop) if end else None for row, end in zip(rows, whole, strict=True)]
-        if not self._is_possible:
+        if sum(prefix is not None for prefix in read) < sum(end > 0 for end in whole):
+            self._is_possible = False  # it has another way that its config does not tell of
             return None
         rest = max(len(row.ids) - end for row, end in zip(rows, whole, strict=True))  # of every row, since they go on together
         return joined([(prefix.computed if prefix else [], max(0, len(row.ids) - rest)) for prefix, row in zip(read, rows, strict=True)])
 
-    def _read(self, row: Row, ids: Sequence[int], should_stop: Callable[[], bool]) -> Prefix:
+    def _read(self, row: Row, ids: Sequence[int], should_stop: Callable[[], bool]) -> Prefix | None:
         mine = [prefix for prefix in self._kept if prefix.speaker == row.speaker]
         known = max(mine, key=lambda prefix: shared(prefix.ids, ids), default=None)
         start = shared(known.ids, ids) if known else 0
@@ -92,7 +93,7 @@ class Prefixes:
                 seen = torch.ones(1, place + BLOCK, dtype=torch.long, device=self._model.device)
                 self._model(input_ids=block, attention_mask=seen, past_key_values=cache, use_cache=True, **self._no_logits)
         if cache.get_seq_length() != len(ids) or not all(layer.is_initialized for layer in cache.layers):
-            self._is_possible = False  # it has another way that its config does not tell of
+            return None
         prefix = Prefix(speaker=row.speaker, ids=list(ids), computed=[(layer.keys, layer.values) for layer in cache.layers])
         self._keep(prefix, known)
         return prefix
@@ -105,11 +106,6 @@ class Prefixes:
         self._kept.append(known if known is not None and is_within else prefix)
         while self.bytes > self._most_bytes:
             self._kept.pop(0)
-
-
-def inner(model: Any) -> Any:
-    """The model without PEFT's wrapping."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def keeps_every_token(model: Any) -> bool:
