@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +83,8 @@ def build(services: Services, kept: gr.BrowserState) -> ChatTab:
         file = gr.DownloadButton("Chat", visible="hidden", elem_id="chat-file")
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "chat", **quiet}
+    # All at once: who waits for whom is the chat's own line, which tells each page its place, and which all other doors share.
+    at_once: dict[str, Any] = {"concurrency_limit": None, **quiet}
     wish = gr.State(Wish())
     asked = [wish, run, text, compare, tuned, base, system, temperature, top_p, top_k, penalty, max_new_tokens, seed]
     told = [tuned, base, note, text, send, stop]
@@ -91,16 +93,16 @@ def build(services: Services, kept: gr.BrowserState) -> ChatTab:
         yield from ask_instead(services, change, *values)
 
     keep: dict[str, Any] = {"fn": kept_chat, "inputs": [run, tuned, base], "outputs": [kept], "queue": False, **quiet}
-    gr.on([send.click, text.submit], partial(answer, services), asked, told, **one_at_a_time).then(**keep)
-    tuned.retry(partial(retry, services), asked, [*told, seed], **one_at_a_time).then(**keep)
-    tuned.edit(edited, asked, told, **one_at_a_time).then(**keep)
+    gr.on([send.click, text.submit], partial(answer, services), asked, told, **at_once).then(**keep)
+    tuned.retry(partial(retry, services), asked, [*told, seed], **at_once).then(**keep)
+    tuned.edit(edited, asked, told, **at_once).then(**keep)
     tuned.undo(undo, [tuned, base], [tuned, base, text], **quiet).then(**keep)
     stop.click(ask_to_stop, [wish], None, queue=False, **quiet)
     gr.on([clear.click, run.input], start_over, [wish], [tuned, base, note], queue=False, **quiet).then(**keep)
     compare.change(switch_compare, [compare, tuned, base], [base], **quiet)
     for button, form in ((as_text, "md"), (as_json, "json")):
         button.click(partial(saved, form), [run, tuned, base, compare], [file], **quiet).then(None, None, None, js=PRESS)
-    gr.api(partial_named(services), api_name="chat", concurrency_limit=1, concurrency_id="chat")
+    gr.api(partial_named(services), api_name="chat", concurrency_limit=8)  # each holds one of the page's threads while it waits
     return ChatTab(run=run, send=send, tuned=tuned, base=base)
 
 
@@ -214,17 +216,22 @@ def respond(
         )
         for answers in services.chat.reply(sides, drawn):
             spoken = [[*h, {"role": "assistant", "content": said}] for h, said in zip(histories, answers.texts, strict=True)]
-            said = " · ".join(filter(None, [figures(answers, drawn.seed) if answers.tokens else "", answers.note]))
-            yield [*columns(spoken if answers.tokens else histories), markup.note(said), gr.skip(), *BUSY]
+            said = " · ".join(filter(None, [waiting(answers.before), figures(answers, drawn.seed) if answers.tokens else "", answers.note]))
+            yield [*columns(spoken if answers.tokens else histories), markup.note(said or "Getting the model ready…"), gr.skip(), *BUSY]
             if wish.stop:
                 break
     except UserError as error:
         yield [tuned, base, markup.error(str(error)), after_failure, *READY]
-    except Exception as error:  # shown in the answer's place; the next answer works
+    except Exception as error:  # noqa: BLE001 - shown in the answer's place; the next answer works
         yield [tuned, base, markup.error(f"The answer broke off: {error}. Send again, or choose another run."), after_failure, *READY]
-        raise
+        traceback.print_exc()
     else:
         yield [[], [], "", gr.skip(), *READY] if wish.start_over else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
+
+
+def waiting(before: int) -> str:
+    """The place in the line, if there is one."""
+    return f"{before} people are before you." if before > 1 else "1 person is before you." if before else ""
 
 
 def figures(answers: Answers, seed: int) -> str:
