@@ -80,7 +80,8 @@ def build_settings() -> list[Any]:
 
 def wire(services: Services, panel: Panel, speaker: Any, compare: Any, then: Callable[[Any], None]) -> None:
     """Ask, retry, change, take back and stop, of the speaker whose id that component holds. `then` is told of all that ends a turn."""
-    one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "chat", **QUIET}
+    # All at once: who waits for whom is the chat's own line, which tells each page its place, and which all other doors share.
+    at_once: dict[str, Any] = {"concurrency_limit": None, **QUIET}
     asked = [panel.wish, speaker, panel.text, compare, panel.tuned, panel.base, *panel.settings]
     told = [panel.tuned, panel.base, panel.note, panel.text, panel.send, panel.stop]
 
@@ -91,10 +92,10 @@ def wire(services: Services, panel: Panel, speaker: Any, compare: Any, then: Cal
         for shown in chat_turns.answer(services, wish, speaker_id, chosen.value["text"], *values):
             yield [*shown[:3], gr.skip(), *shown[4:]]
 
-    send = gr.on([panel.send.click, panel.text.submit], partial(chat_turns.answer, services), asked, told, **one_at_a_time)
+    send = gr.on([panel.send.click, panel.text.submit], partial(chat_turns.answer, services), asked, told, **at_once)
     then(send)
-    then(panel.tuned.example_select(example, asked, told, **one_at_a_time))
-    then(panel.tuned.retry(partial(chat_turns.retry, services), asked, [*told, panel.settings[-1]], **one_at_a_time))
-    then(panel.tuned.edit(edited, asked, told, **one_at_a_time))
+    then(panel.tuned.example_select(example, asked, told, **at_once))
+    then(panel.tuned.retry(partial(chat_turns.retry, services), asked, [*told, panel.settings[-1]], **at_once))
+    then(panel.tuned.edit(edited, asked, told, **at_once))
     then(panel.tuned.undo(chat_turns.undo, [panel.tuned, panel.base], [panel.tuned, panel.base, panel.text], **QUIET))
     panel.stop.click(chat_turns.ask_to_stop, [panel.wish], None, queue=False, **QUIET)

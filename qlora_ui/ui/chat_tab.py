@@ -73,7 +73,7 @@ def build(services: Services, kept: gr.BrowserState) -> ChatTab:
     compare.change(switch_compare, [compare, panel.tuned, panel.base], [panel.base], **QUIET)
     for button, form in ((as_text, "md"), (as_json, "json")):
         button.click(partial(saved, form), [speaker, panel.tuned, panel.base, compare], [file], **QUIET).then(None, None, None, js=PRESS)
-    gr.api(scripted(services), api_name="chat", concurrency_limit=1, concurrency_id="chat")
+    gr.api(scripted(services), api_name="chat", concurrency_limit=8)  # each holds one of the page's threads while it waits
     return tab
 
 

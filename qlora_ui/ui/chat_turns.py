@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,14 +121,14 @@ def respond(
         drawn = sampling(*values)
         for answers in services.chat.reply(sides(services, speaker_id, system, histories), drawn):
             said = [[*h, {"role": "assistant", "content": words}] for h, words in zip(histories, answers.texts, strict=True)]
-            yield [*columns(said if answers.tokens else histories), markup.note(figures(answers, drawn.seed)), gr.skip(), *BUSY]
+            yield [*columns(said if answers.tokens else histories), markup.note(told(answers, drawn.seed)), gr.skip(), *BUSY]
             if wish.stop:
                 break
     except UserError as error:
         yield [tuned, base, markup.error(str(error)), after_failure, *READY]
-    except Exception as error:  # shown in the answer's place; the next answer works
+    except Exception as error:  # noqa: BLE001 - shown in the answer's place; the next answer works
         yield [tuned, base, markup.error(f"The answer broke off: {error}. Send again, or choose another."), after_failure, *READY]
-        raise
+        traceback.print_exc()
     else:
         yield [*wish.instead, "", gr.skip(), *READY] if wish.instead else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
 
@@ -156,17 +157,22 @@ def sampling(
     )
 
 
+def told(answers: Answers, seed: int) -> str:
+    """One line beside the answers: what is waited for, what they took, what there is to warn of."""
+    waiting = f"{answers.before} people are before you." if answers.before > 1 else "1 person is before you." if answers.before else ""
+    parts = filter(None, [waiting, figures(answers, seed) if answers.tokens else "", answers.note])
+    return " · ".join(parts) or "Getting the model ready…"
+
+
 def figures(answers: Answers, seed: int) -> str:
-    """What an answer took, and what no longer fitted, in one line; before its first token, what is waited for."""
-    if not answers.tokens:
-        return answers.note
+    """What an answer took, and what no longer fitted."""
     speed = answers.tokens / max(answers.seconds, 1e-6)
     known = answers.context_limit < 1 << 30
     context = f"context {answers.context + answers.tokens:,}" + (f" of {answers.context_limit:,}" if known else "")
     parts = [f"{answers.tokens} tokens", f"{speed:.1f} tokens/s", f"seed {seed}", context]
     if answers.left_out:
         parts.append(f"the oldest {answers.left_out} turns no longer fit and were left out")
-    return " · ".join([*parts, *filter(None, [answers.note])])
+    return " · ".join(parts)
 
 
 def columns(histories: Sequence[list[Turn]]) -> list[Any]:
