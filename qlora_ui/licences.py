@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from qlora_ui.config import STARTER_MODEL
 from qlora_ui.stopping import Cancelled, abandonable
@@ -13,9 +16,11 @@ HUB_SECONDS = 4.0
 
 def of_folder(folder: Path) -> str:
     """What the card in a folder says; empty where it says nothing, or there is none."""
+    from huggingface_hub import ModelCard
+
     try:
-        return _said((folder / "README.md").read_text("utf-8", "replace"))
-    except OSError:
+        return _named(ModelCard((folder / "README.md").read_text("utf-8", "replace"), ignore_metadata_errors=True).data)
+    except (OSError, ValueError, yaml.YAMLError):  # there is no card, or none that can be read
         return ""
 
 
@@ -27,23 +32,17 @@ def of_model(model: str, models: Path) -> str:
     return of_folder(here) if here else _on_the_hub(model)
 
 
-def _said(card: str) -> str:
-    from huggingface_hub import ModelCard
-
-    try:
-        said = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:  # no YAML, or none that makes a card
-        return ""
-    licence = said.get("license") or ""
-    return str(said.get("license_name") or licence if licence == "other" else licence)
-
-
 def _on_the_hub(model: str) -> str:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     until = time.monotonic() + HUB_SECONDS
     try:
-        return _said(abandonable(lambda: str(ModelCard.load(model)), lambda: time.monotonic() > until))
-    except (Cancelled, HFValidationError, HTTPError, OSError, ValueError):  # unreachable, private, or without a card
+        return _named(abandonable(lambda: HfApi().model_info(model, timeout=HUB_SECONDS).card_data, lambda: time.monotonic() > until))
+    except (Cancelled, HFValidationError, HTTPError, OSError, ValueError):  # unreachable, private, or none
         return ""
+
+
+def _named(card: Any) -> str:
+    licence = str(card.get("license") or "") if card else ""
+    return str(card.get("license_name") or licence) if licence == "other" else licence

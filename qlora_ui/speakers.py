@@ -142,8 +142,13 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return written if isinstance(written, dict) else {}
 
 
+def bare(model: str) -> Speaker:
+    """A base without an adapter, in NF4 with double quantization."""
+    return Speaker(id=MODEL + model, name=f"{model} · base", model=model)
+
+
 def of_model(workspace: Workspace, model: str) -> Speaker:
-    """A bare base, in NF4 with double quantization, by its id on the Hub or its folder in the workspace. Raises UserError."""
+    """A bare base by its id on the Hub or its folder in the workspace. Raises UserError for a folder outside."""
     try:
         path = Path(model).expanduser()
         outside = path.exists() and not path.resolve().is_relative_to(workspace.root)
@@ -151,4 +156,4 @@ def of_model(workspace: Workspace, model: str) -> Speaker:
         outside = False
     if outside or not model:
         raise UserError(f"The model {model!r} is outside the workspace. Put its folder into {workspace.models}.", field="model")
-    return Speaker(id=MODEL + model, name=f"{model} · base", model=model)
+    return bare(model)

@@ -125,9 +125,15 @@ def respond(
             if wish.stop:
                 break
     except UserError as error:
-        yield [tuned, base, markup.error(str(error)), after_failure, *READY]
+        yield [tuned, base, markup.error(services.told(error)), after_failure, *READY]
     except Exception as error:  # noqa: BLE001 - shown in the answer's place; the next answer works
-        yield [tuned, base, markup.error(f"The answer broke off: {error}. Send again, or choose another."), after_failure, *READY]
+        yield [
+            tuned,
+            base,
+            markup.error(f"The answer broke off: {services.told(error)}. Send again, or choose another."),
+            after_failure,
+            *READY,
+        ]
         traceback.print_exc()
     else:
         yield [*wish.instead, "", gr.skip(), *READY] if wish.instead else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
