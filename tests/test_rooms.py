@@ -18,6 +18,7 @@ PACKAGE = "qlora_ui"
 ROOMS = (
     "errors",
     "stopping",
+    "turns",
     "knobs",
     "config",
     "presets",
@@ -34,6 +35,7 @@ ROOMS = (
     "speakers",
     "memory",
     "model_configs",
+    "licences",
     "data",
     "engine",
     "evaluate",
@@ -56,7 +58,7 @@ ROOMS = (
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "turns", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 

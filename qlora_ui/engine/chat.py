@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,14 +18,20 @@ from qlora_ui.config import QuantizationConfig
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
 from qlora_ui.engine.adapter import WEIGHTS, load_adapter, mixes
-from qlora_ui.engine.decoding import Answers, Sampling, draw
-from qlora_ui.engine.hardware import detect
+from qlora_ui.engine.decoding import Answers, Pass, Sampling, draw
+from qlora_ui.engine.faster import Faster, use_quick_products
+from qlora_ui.engine.hardware import detect, free_memory_gib
 from qlora_ui.engine.model import Found, find, find_here, load_quantized, load_tokenizer, make_room
+from qlora_ui.engine.prefixes import Prefixes, Row
+from qlora_ui.engine.self_test import SelfTest
 from qlora_ui.errors import UserError
-from qlora_ui.events import Event
+from qlora_ui.events import Event, Log
+from qlora_ui.memory.devices import GIB
 from qlora_ui.speakers import Speaker
+from qlora_ui.turns import Turns
 
 BASE = "__base__"  # PEFT's name for no adapter
+SHARE_FOR_PREFIXES = 0.25  # of the memory that is free once the model is loaded
 MOST_ADAPTERS = 8  # in memory at once
 
 
@@ -66,12 +71,17 @@ class ChatModel:
         self._words = {_asked_in(speaker): first}
         self._vocabulary = self.tokenizer.get_vocab()
         self.model: Any = load_quantized(self._found, speaker.quantization, detect(speaker.quantization.compute_dtype), emit, should_stop)
+        known = self.model.get_input_embeddings().weight.shape[0]
         make_room(self.model, len(self.tokenizer))
+        use_quick_products(self.model)
         self._base_biases = [(bias, bias.detach().clone()) for name, bias in self.model.named_parameters() if name.endswith(".bias")]
         self._names: dict[tuple[Path, int], str] = {}
         self._mixes = True
-        self._lock = threading.Lock()
-        self.add(speaker)
+        self._turns = Turns("answer")
+        self._self_test = SelfTest(self.model, self.tokenizer, range(known, len(self.tokenizer)))
+        self.prefixes = Prefixes(self.model, int(SHARE_FOR_PREFIXES * free_memory_gib() * GIB))
+        self.faster = Faster(self.model)
+        self.add(speaker, emit)
 
     def takes(self, speaker: Speaker) -> bool:
         """Whether it can answer too: out of the same weights in the same bits, with the same tokens, and beside the adapters here."""
@@ -101,23 +111,39 @@ class ChatModel:
         biased = any(config.bias != "none" for config in getattr(self.model, "peft_config", {}).values())
         return not self._names or (len(self._names) < MOST_ADAPTERS and not biased and written.get("bias", "none") == "none")
 
-    def add(self, speaker: Speaker) -> None:
-        """Put its adapter beside the others. Raises UserError when it cannot be used, after which the model must not be either."""
+    def add(self, speaker: Speaker, emit: Callable[[Event], None]) -> None:
+        """Put its adapter beside the others, and look whether it does something and leaves the base as it was.
+
+        Raises UserError when it cannot be used, after which the model must not be either.
+        """
         if speaker.adapter is None or self._name(speaker):
             return
         if (speaker.adapter / checkpoints.SEAL).exists() and (wrong := checkpoints.damage(speaker.adapter)):
             raise UserError(f"{speaker.name} cannot be used: {wrong}. Choose another checkpoint.", field="checkpoint")
-        with self._lock:
-            name = f"adapter-{len(self._names)}"
-            self.model = load_adapter(self.model, speaker.adapter, name)
-            self._names[_version(speaker.adapter)] = name
-            self._mixes = mixes(self.model)
+        name = f"adapter-{len(self._names)}"
+        self.model = load_adapter(self.model, speaker.adapter, name)
+        self._names[_version(speaker.adapter)] = name
+        self._mixes = mixes(self.model)
+        if warning := self._self_test.check(speaker.name, partial(self._answering, [BASE]), partial(self._answering, [name])):
+            emit(Log(text=warning, level="warning"))
 
     def reply(self, sides: Sequence[tuple[Speaker, Sequence[Message]]], sampling: Sampling) -> Iterator[Answers]:
-        """Stream one answer per side: a speaker that was added, or a base, and the conversation up to the question.
+        """`answer` as a stream, first come, first served. Closing it ends the answers at their next token. Raises what they raise."""
+        for news in self._turns.ask(partial(self.answer, sides, sampling)):
+            if isinstance(news, Answers):
+                yield news
+
+    def answer(
+        self,
+        sides: Sequence[tuple[Speaker, Sequence[Message]]],
+        sampling: Sampling,
+        tell: Callable[[Answers], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Tell one answer per side at each token: of a speaker that was added, or a base, to the conversation up to the question.
 
         All sides decode in one batch, or one after the other where their adapters cannot be mixed; they end with the same tokens.
-        Closing the generator ends the generation at its next token. Raises what the generation raised.
+        One call at a time.
         """
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         fitted = [self._fitting(self.words(speaker).tokenizer, messages, limit, sampling.max_new_tokens) for speaker, messages in sides]
@@ -136,11 +162,18 @@ class ChatModel:
             "note": " ".join(filter(None, notes)),
         }
         names = [self._name(speaker) for speaker, _ in sides]
-        passes = [list(range(len(sides)))] if self._mixes or len(set(names)) == 1 else [[row] for row in range(len(sides))]
-        as_sides = [(rows, partial(self._answering, [names[row] for row in rows])) for rows in passes]
+        ids = [line[mask.bool()].tolist() for line, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        rows = [Row(speaker=name, ids=ids[at], answering=partial(self._answering, [name])) for at, name in enumerate(names)]
+        passes = [
+            Pass(
+                rows=together,
+                answering=partial(self._answering, [names[row] for row in together]),
+                recall=partial(self.prefixes.recall, [rows[row] for row in together], should_stop),
+            )
+            for together in ([range(len(sides))] if self._mixes or len(set(names)) == 1 else [[row] for row in range(len(sides))])
+        ]
         drawn = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        with self._lock:
-            yield from draw(self.model, self.tokenizer, batch, as_sides, drawn, self.words(sides[0][0]).end_ids, read)
+        draw(self.model, self.tokenizer, batch, passes, drawn, self.words(sides[0][0]).end_ids, read, tell, should_stop)
 
     def _fitting(self, tokenizer: Any, messages: Sequence[Message], limit: int, max_new_tokens: int) -> tuple[str, int]:
         """The prompt, without as many of the oldest turns as must leave for an answer to have room; their number.
