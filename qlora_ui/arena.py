@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from qlora_ui import speakers
 from qlora_ui.data.formats import Message
@@ -13,7 +15,8 @@ from qlora_ui.speakers import Speaker
 from qlora_ui.talking import Chat
 from qlora_ui.votes import Pair, Side, Votes, draw
 
-SEEDS = 2**32
+if TYPE_CHECKING:
+    from qlora_ui.engine.decoding import Answers, Sampling
 
 
 def contestants(workspace: Workspace) -> list[Speaker]:
@@ -24,9 +27,9 @@ def contestants(workspace: Workspace) -> list[Speaker]:
 
 
 def begin(
-    workspace: Workspace, votes: Votes, ids: Sequence[str], prompt: str, system: str, chance: random.Random, **sampling: float
+    workspace: Workspace, votes: Votes, ids: Sequence[str], prompt: str, system: str, sampling: Sampling, chance: random.Random
 ) -> Pair:
-    """Draw who answers and on which side, and keep the question. Both draw with one seed. Raises UserError."""
+    """Draw who answers and on which side, and keep the question. Raises UserError."""
     if len(set(ids)) < 2:
         raise UserError("A vote is between two. Choose two contestants or more.")
     if not prompt.strip():
@@ -37,7 +40,7 @@ def begin(
     pair = Pair(
         prompt=prompt.strip(),
         system=system.strip(),
-        sampling={**sampling, "seed": chance.randrange(SEEDS)},
+        sampling=asdict(sampling),
         left=Side(speaker=left.id, name=left.name),
         right=Side(speaker=right.id, name=right.name),
     )
@@ -45,9 +48,9 @@ def begin(
     return pair
 
 
-def answer(workspace: Workspace, chat: Chat, votes: Votes, pair: Pair) -> Iterator[int]:
-    """Have both answers written, and the pair wait with them. Yields how many tokens there are of both together, because what one
-    of them took would tell which it is. Whoever drops the pair ends it. Raises UserError.
+def answer(workspace: Workspace, chat: Chat, votes: Votes, pair: Pair) -> Iterator[Answers]:
+    """Have both answers written, and the pair wait with them. Meanwhile yields what tells the two from each other by nothing: who is
+    waited for, and how many tokens there are of both together. Whoever drops the pair ends it. Raises what broke it off.
 
     Closed, it leaves the pair without answers, so that a page that was reloaded can say what became of it.
     """
@@ -61,7 +64,7 @@ def answer(workspace: Workspace, chat: Chat, votes: Votes, pair: Pair) -> Iterat
         for answers in chat.reply(sides, decoding.Sampling(**pair.sampling)):
             if votes.waiting(pair.id) is None:
                 return
-            yield answers.tokens
+            yield replace(answers, texts=("", ""), seconds=0.0, context=0, context_limit=0, left_out=0, note="")
         said = dict(zip(ids, answers.texts, strict=True))
         votes.hold(pair.with_answers(said[pair.left.speaker], said[pair.right.speaker], answers.note))
     except Exception:

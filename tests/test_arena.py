@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -27,8 +26,8 @@ from qlora_ui.ui import arena_markup, arena_tab
 from qlora_ui.votes import Pair, Vote, Votes
 
 ATTACK = "<img src=x onerror=\"document.body.dataset.broken='yes'\">"
-SAMPLING = {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 20}
-FORM = ["", "", 0.5, 0.9, 20]  # the pair on the page, the system prompt, the sampling
+SAMPLING = Sampling(temperature=0.5, max_new_tokens=20, seed=3)
+FORM = ["", "", 0.5, 0.9, 0, 1, 20, 3]  # the pair on the page, the system prompt, the sampling
 MINUTE = 60_000
 
 
@@ -68,8 +67,8 @@ def ids(made: Services) -> list[str]:
     return [run.id for run in made.workspace.all()]
 
 
-def asked(made: Services, **values: Any) -> Pair:
-    pair = arena.begin(made.workspace, made.votes, ids(made), "Who are you?", "", random.Random(1), **{**SAMPLING, **values})
+def asked(made: Services) -> Pair:
+    pair = arena.begin(made.workspace, made.votes, ids(made), "Who are you?", "", SAMPLING, random.Random(1))
     for _ in arena.answer(made.workspace, made.chat, made.votes, pair):
         pass
     waiting = made.votes.waiting(pair.id)
@@ -82,10 +81,10 @@ def test_both_are_asked_the_same_with_the_same_seed_and_the_vote_keeps_all_of_it
     ((sides, sampling),) = ready.chat.asked  # type: ignore[attr-defined]
     assert [speaker.id for speaker, _ in sides] == sorted([pair.left.speaker, pair.right.speaker])
     assert sides[0][1] == sides[1][1]
-    assert vars(sampling).items() >= pair.sampling.items() >= SAMPLING.items()
+    assert sampling == SAMPLING == Sampling(**pair.sampling)
     vote, _ = ready.votes.cast(pair.id, "left")
     assert vote.pair == pair
-    assert (pair.left.answer, pair.prompt, pair.sampling["seed"]) == ("word word word", "Who are you?", sampling.seed)
+    assert (pair.left.answer, pair.right.answer, pair.prompt) == ("word word word", "word word word", "Who are you?")
 
 
 def test_a_run_meets_its_own_base_asked_in_the_same_words(ready: Services) -> None:
@@ -118,8 +117,8 @@ def test_what_a_page_is_told_before_the_vote_is_the_same_whoever_answers(ready: 
 def test_each_answer_stands_on_the_side_of_whom_it_is_from(ready: Services) -> None:
     ready.chat.said = {run: f"I am {run}" for run in ids(ready)}  # type: ignore[attr-defined]
     for number in range(4):
-        pair = arena.begin(ready.workspace, ready.votes, ids(ready), "Who?", "", random.Random(number), **SAMPLING)
-        assert list(arena.answer(ready.workspace, ready.chat, ready.votes, pair)) == [2, 4, 6]
+        pair = arena.begin(ready.workspace, ready.votes, ids(ready), "Who?", "", SAMPLING, random.Random(number))
+        assert list(arena.answer(ready.workspace, ready.chat, ready.votes, pair))[-1].tokens == 6
         written = ready.votes.waiting(pair.id)
         assert written is not None
         assert written.left.answer == f"I am {written.left.speaker}"
@@ -207,8 +206,8 @@ def test_three_votes_in_a_browser_that_is_told_no_name_before_each(browser: Brow
         page = open_page(browser, app.url)
         go(page, "Arena")
         page.get_by_role("button", name="System prompt and sampling").click()
-        page.locator("#arena-max-tokens input[type=number]").fill("16")
-        page.locator("#arena-max-tokens input[type=number]").blur()
+        page.locator("#arena-max-new-tokens input[type=number]").fill("16")
+        page.locator("#arena-max-new-tokens input[type=number]").blur()
         expect(page.locator("#arena-table")).to_contain_text("No vote yet")
         newest_and_its_base = page.locator("#arena-contestants .token")
         expect(newest_and_its_base).to_have_text([second.id, f"{second.id} · base"])

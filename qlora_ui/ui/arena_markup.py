@@ -24,6 +24,11 @@ HEAD = {
 }
 
 
+def announced(message: str) -> str:
+    """A line that is read out when it comes."""
+    return f'<p class="note" role="status">{escape(message)}</p>'
+
+
 def tables(votes: Sequence[Vote]) -> str:
     """Ratings, then head to head, then how to read them."""
     if not votes:

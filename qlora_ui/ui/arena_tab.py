@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -17,8 +18,11 @@ from qlora_ui.errors import UserError
 from qlora_ui.evaluate.ratings import Outcome
 from qlora_ui.runs import encodable
 from qlora_ui.services import Services
-from qlora_ui.ui import arena_markup, markup
+from qlora_ui.ui import arena_markup, chat_panel, chat_turns, markup
 from qlora_ui.votes import Pair, Side, Vote
+
+if TYPE_CHECKING:
+    from qlora_ui.engine.decoding import Answers
 
 SCRIPT = Path(__file__).with_name("arena.js")
 BALLOT: dict[Outcome, str] = {"left": "Left is better", "right": "Right is better", "tie": "Tie", "both bad": "Both bad"}
@@ -76,11 +80,7 @@ def build(services: Services, quiet: dict[str, Any]) -> ArenaTab:
         ask = gr.Button("Ask both", variant="primary", elem_id="arena-ask", scale=1, min_width=110)
         skip = gr.Button("Skip", interactive=False, elem_id="arena-skip", scale=1, min_width=90)
     with gr.Accordion("System prompt and sampling", open=False, elem_id="arena-settings"):
-        system = gr.Textbox(label="System prompt", info="Said to both before the question. Empty: nothing is added.", lines=2)
-        with gr.Row():
-            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", info="0 always takes the likeliest token.")
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="Draws from the likeliest tokens of this total share.")
-            max_new_tokens = gr.Slider(1, 1024, 200, step=1, label="Max new tokens", info="Of each answer.", elem_id="arena-max-tokens")
+        settings = chat_panel.build_settings("arena")
     table = gr.HTML(elem_id="arena-table")
     with gr.Row(elem_id="arena-files"):
         as_jsonl = gr.Button("Save votes as JSONL", size="sm", elem_id="arena-jsonl")
@@ -92,8 +92,8 @@ def build(services: Services, quiet: dict[str, Any]) -> ArenaTab:
     gr.HTML("<i></i>", js_on_load=SCRIPT.read_text("utf-8"), elem_id="arena-keys")
 
     shown = [left, right, note, text, pair, ask, skip, *ballot.values()]
-    asked = [contestants, text, pair, system, temperature, top_p, max_new_tokens]
-    gr.on([ask.click, text.submit], partial(put, services), asked, shown, concurrency_limit=1, concurrency_id="chat", **quiet)
+    asked = [contestants, text, pair, *settings]
+    gr.on([ask.click, text.submit], partial(put, services), asked, shown, concurrency_limit=None, **quiet)  # the chat's line is one
     skip.click(partial(pass_over, services), [pair], shown, queue=False, **quiet)
     for outcome, button in ballot.items():
         button.click(partial(vote, services, outcome), [pair], [table, *shown], **quiet)
@@ -111,32 +111,24 @@ def wire(services: Services, tab: ArenaTab, opened: gr.Tab, tabs: gr.Tabs, page:
 
 
 def put(
-    services: Services,
-    contestants: list[str] | None,
-    text: str,
-    pair_id: str,
-    system: str | None,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: float,
+    services: Services, contestants: list[str] | None, text: str, pair_id: str, system: str | None, *settings: Any
 ) -> Iterator[list[Any]]:
     """Put a question to two. Both answers appear at once: how fast one is written would tell which model writes it."""
     if services.votes.waiting(pair_id):
         yield screen("voting", markup.error("These two answers wait for your vote. Vote, or skip them."))
         return
-    drawn = {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
     try:
-        pair = arena.begin(services.workspace, services.votes, contestants or [], text, system or "", CHANCE, **drawn)
+        drawn = chat_turns.sampling(*settings)
+        pair = arena.begin(services.workspace, services.votes, contestants or [], text, system or "", drawn, CHANCE)
         yield [*pair_shown(pair), markup.note("Getting the models ready…"), "", pair.id, *buttons("writing")]
-        for tokens in arena.answer(services.workspace, services.chat, services.votes, pair):
-            words = f"{tokens} tokens of both answers are written. They appear together, so that speed tells nothing."
-            yield screen("writing", markup.note(words) if tokens else SKIP)
+        for answers in arena.answer(services.workspace, services.chat, services.votes, pair):
+            yield screen("writing", markup.note(told(answers)))
     except UserError as error:
-        yield screen("ready", markup.error(str(error)), text=text, pair="")
-    except Exception as error:  # shown in the answers' place; the next question works
-        words = f"The answers broke off: {error}. Ask again, or choose other contestants."
+        yield screen("ready", markup.error(services.told(error)), text=text, pair="")
+    except Exception as error:  # noqa: BLE001 - shown in the answers' place; the next question works
+        words = f"The answers broke off: {services.told(error)}. Ask again, or choose other contestants."
         yield screen("ready", markup.error(words), text=text, pair="")
-        raise
+        traceback.print_exc()
     else:
         written = services.votes.waiting(pair.id)
         yield to_vote_on(written) if written else screen("ready")
@@ -203,6 +195,13 @@ def saved(services: Services, form: str) -> list[Any]:
     return ["", gr.update(value=str(path))]
 
 
+def told(answers: Answers) -> str:
+    """What is waited for, or how far the two are together."""
+    if not answers.tokens:
+        return chat_turns.told(answers, 0)
+    return f"{answers.tokens} tokens of both answers are written. They appear together, so that speed tells nothing."
+
+
 # What the screen shows ----------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +221,7 @@ def buttons(state: str) -> list[Any]:
 
 
 def to_vote_on(pair: Pair) -> list[Any]:
-    note = markup.note("Which answer is better? Keys 1 to 4 vote too. Who answered is said after your vote.")
+    note = arena_markup.announced("Which answer is better? Keys 1 to 4 vote too. Who answered is said after your vote.")
     return [*pair_shown(pair), note, SKIP, pair.id, *buttons("voting")]
 
 
@@ -230,7 +229,7 @@ def revealed(vote: Vote, before: str) -> list[Any]:
     """A pair with its names, and what was said of it."""
     pair = vote.pair
     words = f"{BALLOT[vote.outcome]}. Left was {pair.left.name}, right was {pair.right.name}. Seed {pair.sampling.get('seed')}."
-    note = markup.note(" ".join(filter(None, [before, words, pair.note])))
+    note = arena_markup.announced(" ".join(filter(None, [before, words, pair.note])))
     return [*pair_shown(pair, pair.left.name, pair.right.name), note, SKIP, "", *buttons("ready")]
 
 
