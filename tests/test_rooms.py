@@ -18,6 +18,7 @@ PACKAGE = "qlora_ui"
 ROOMS = (
     "errors",
     "stopping",
+    "turns",
     "knobs",
     "config",
     "presets",
@@ -31,8 +32,10 @@ ROOMS = (
     "hints",
     "snapshots",
     "labels",
+    "speakers",
     "memory",
     "model_configs",
+    "licences",
     "data",
     "engine",
     "evaluate",
@@ -44,6 +47,8 @@ ROOMS = (
     "worker",
     "isolation",
     "jobs",
+    "adapters",
+    "talking",
     "services",
     "plan_cli",
     "export_cli",
@@ -51,7 +56,7 @@ ROOMS = (
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "turns", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 
