@@ -23,6 +23,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")), help="port to listen on")
     parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's relay")
     parser.add_argument("--home", help="the workspace folder (default: QLORA_UI_HOME, else ./workspace)")
+    demo = "serve only a chat with this run, checkpoint or adapter: an id, a folder, a zip, or owner/name (default: QLORA_UI_DEMO)"
+    parser.add_argument("--demo", metavar="RUN_OR_ADAPTER", default=os.environ.get("QLORA_UI_DEMO"), help=demo)
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     flags = parser.parse_args()
     try:
@@ -37,6 +39,9 @@ def main() -> int:
         print(f"{run.id} had been interrupted at step {run.last_step()}; its checkpoints are in {run.folder}")
     try:
         serve(flags, workspace)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     except OSError as error:
         reason = f"port {flags.port} is in use, or {flags.host} is no address of this machine"
         print(f"The app cannot listen on {flags.host}:{flags.port} ({reason}): choose another --port or --host. {error}", file=sys.stderr)
@@ -47,10 +52,11 @@ def main() -> int:
 def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
     """Launch, then warm up: the page does not wait for torch."""
     from qlora_ui import services
-    from qlora_ui.ui import app
+    from qlora_ui.ui import app, demo
 
     warm_up = services.WarmUp()
-    page = app.build(services.build(workspace, warm_up))
+    made = services.build(workspace, warm_up)
+    page = demo.build(made, demo.speaker_of(flags.demo, workspace)) if flags.demo else app.build(made)
     page.launch(
         server_name=flags.host,
         server_port=flags.port,
@@ -58,7 +64,7 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
         inbrowser=flags.open,
         prevent_thread_lock=True,
         app_kwargs={"middleware": host_check(flags)},
-        **app.launch_options(),
+        **(app.launch_options() | ({"footer_links": []} if flags.demo else {})),
     )
     warm_up.start()
     try:

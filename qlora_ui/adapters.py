@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from stat import S_ISLNK
 
-from qlora_ui import speakers
+from qlora_ui import checkpoints, speakers
 from qlora_ui.disk import telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event
@@ -32,20 +31,36 @@ LITTLE_BYTES = 50_000_000
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # their weights belong to another base than the plain one
 
 
+def named(wish: str, workspace: Workspace, emit: Callable[[Event], None], should_stop: Callable[[], bool], base: str = "") -> Speaker:
+    """For whoever owns this machine: an adapter by its folder, its zip, its name in the workspace, else its owner/name on the Hub."""
+    path = Path(wish).expanduser()
+    if (path / CONFIG).is_file():
+        return from_folder(path, workspace, base)
+    if path.suffix == ".zip" and path.is_file():
+        return from_zip(path, workspace, base)
+    with contextlib.suppress(UserError):
+        return speakers.of_adapter(workspace, _name_of(wish))
+    return from_hub(wish, workspace, emit, should_stop, base)
+
+
+def from_folder(path: Path, workspace: Workspace, base: str = "") -> Speaker:
+    """A copy of the adapter in a folder. Raises UserError."""
+    with _aside(workspace) as folder:
+        _copy(path, folder)
+        return _kept(folder, f"{_slug(path.name)}-{_digest(path / CONFIG)}{_digest(path / WEIGHTS)}", workspace, base)
+
+
 def from_zip(path: Path, workspace: Workspace, base: str = "") -> Speaker:
     """The adapter in a zip file, complete or absent. Raises UserError for a file that holds none, or more than that.
 
     `base` is the model to put it on, in place of the one that its config names.
     """
-    stem = re.sub(r"[^\w.-]+", "-", path.stem).strip(".-")[:60] or "adapter"
     try:
-        with path.open("rb") as file:
-            name = f"{stem}-{hashlib.file_digest(file, 'sha256').hexdigest()[:8]}"
         with _aside(workspace) as folder, zipfile.ZipFile(path) as archive:
             for member in _members(archive, path):
                 with archive.open(member) as packed, (folder / PurePosixPath(member.filename).name).open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
-            return _kept(folder, name, workspace, base)
+            return _kept(folder, f"{_slug(path.stem)}-{_digest(path)}", workspace, base)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:  # the last for one with a password
         raise _refusal(f"{path.name} cannot be unpacked: {str(error).strip(' .')}. Make the zip anew") from error
 
@@ -76,14 +91,32 @@ def from_hub(wish: str, workspace: Workspace, emit: Callable[[Event], None], sho
     repository, _, revision = wish.strip().partition("@")
     fetched = model.download(repository, revision or "main", WANTED, emit, should_stop, what="adapter")
     with _aside(workspace) as folder:
-        for file in fetched.iterdir():
-            if _is_wanted(file.name):
-                shutil.copyfile(file, folder / file.name)
-        return _kept(folder, re.sub(r"[^\w.@-]", "--", wish.strip()), workspace, base)
+        _copy(fetched, folder)
+        return _kept(folder, _name_of(wish), workspace, base)
 
 
 def _is_wanted(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in WANTED)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file() and _is_wanted(file.name):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _name_of(wish: str) -> str:
+    """What the folder of an adapter from the Hub is called."""
+    return re.sub(r"[^\w.@-]", "--", wish.strip())
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60] or "adapter"
+
+
+def _digest(path: Path) -> str:
+    """A few letters that tell apart what bears the same name."""
+    return checkpoints.digest(path)[:8] if path.is_file() else ""
 
 
 @contextlib.contextmanager

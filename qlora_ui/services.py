@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FOLDERS = re.compile(r"(?<![\w/.])[/~][^\s'\":]*/")  # of a path, all but its last name
 SILENT_SECONDS = 120.0  # more than a step takes on what most people have; a page says so then
 PARTING_SECONDS = 10.0
 DEAD_SECONDS = 3.0  # without a sign of life, after which a look asks whether the process is there at all
@@ -88,8 +90,13 @@ class Services:
     inspector: Inspector
     hardware: Callable[[], Hardware | None]
     restart: Callable[[], None] = restart_process
+    is_public: bool = False
     _isolated: dict[str, bool] = field(default_factory=dict, init=False)
     """The runs that this process set going, and whether it did so in a process of their own."""
+
+    def told(self, error: Exception) -> str:
+        """What it says, on a page. A public one names no folder of this machine."""
+        return FOLDERS.sub("", str(error)) if self.is_public else str(error)
 
     def check_data(self, config: RunConfig) -> None:
         """Raise UserError when the data cannot be read, none of it can be kept, or none of its tokens would be trained."""

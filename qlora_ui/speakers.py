@@ -44,13 +44,16 @@ class Speaker:
         return self if self.adapter is None else replace(self, id=BASE_OF + self.id, name=f"{self.name} · base", adapter=None)
 
     @property
+    def stored(self) -> str:
+        """The bits that its base is kept in."""
+        bits = self.quantization.quant_bits
+        return f"4 bits ({self.quantization.quant_type.upper()})" if bits == "4" else f"{bits} bits"
+
+    @property
     def about(self) -> str:
         """What it is, in one line."""
-        bits = f"{self.quantization.quant_bits} bits" + (
-            f", {self.quantization.quant_type.upper()}" * (self.quantization.quant_bits == "4")
-        )
         what = "An adapter on" if self.adapter else "The base model"
-        return f"{what} {self.model} in {bits}. Prompt format: {FORMATS.get(self.prompt_format, self.prompt_format)}."
+        return f"{what} {self.model} in {self.stored}. Prompt format: {FORMATS.get(self.prompt_format, self.prompt_format)}."
 
 
 def find(workspace: Workspace, speaker_id: str) -> Speaker:
@@ -139,8 +142,13 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return written if isinstance(written, dict) else {}
 
 
+def bare(model: str) -> Speaker:
+    """A base without an adapter, in NF4 with double quantization."""
+    return Speaker(id=MODEL + model, name=f"{model} · base", model=model)
+
+
 def of_model(workspace: Workspace, model: str) -> Speaker:
-    """A bare base, in NF4 with double quantization, by its id on the Hub or its folder in the workspace. Raises UserError."""
+    """A bare base by its id on the Hub or its folder in the workspace. Raises UserError for a folder outside."""
     try:
         path = Path(model).expanduser()
         outside = path.exists() and not path.resolve().is_relative_to(workspace.root)
@@ -148,4 +156,4 @@ def of_model(workspace: Workspace, model: str) -> Speaker:
         outside = False
     if outside or not model:
         raise UserError(f"The model {model!r} is outside the workspace. Put its folder into {workspace.models}.", field="model")
-    return Speaker(id=MODEL + model, name=f"{model} · base", model=model)
+    return bare(model)

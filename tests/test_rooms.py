@@ -35,6 +35,7 @@ ROOMS = (
     "speakers",
     "memory",
     "model_configs",
+    "licences",
     "data",
     "engine",
     "evaluate",

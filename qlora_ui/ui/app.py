@@ -51,7 +51,7 @@ def build(services: Services) -> gr.Blocks:
                 runs_shown.select(None, None, None, js=runs_tab.REFRESH)
         news = live.News(services)
         seen = live.build(news)
-        page.load(partial(chat_tab.restored, services), [kept_chat], [chat.run, chat.tuned, chat.base], **QUIET)
+        page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
         wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
         scripting.build(services)
     return page
@@ -78,8 +78,8 @@ def wire(
     # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
     # and only when the script has found another key than the one that it was drawn for.
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
-    shown = [bar.chip, *bar.shown, train.plot, chat.run]
-    seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
+    shown = [bar.chip, *bar.shown, train.plot, chat.speaker]
+    seen.change(partial(redraw, services), [chat.speaker], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
     draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
@@ -114,9 +114,10 @@ def wire(
     train.start.click(started, kept, [train.message, *fields], **QUIET).then(**look)
     run_bar.wire(services, bar, train.isolated, look, QUIET)
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
-    bar.chat.click(partial(talk_to, services), [bar.run], [tabs, chat.run], **QUIET)
+    for button, run in ((bar.chat, bar.run), (runs.chat, runs.one)):
+        begun = button.click(partial(chat_tab.begin_with, services), [run, *chat.open], chat.opened, **QUIET)
+        begun.then(lambda: gr.Tabs(selected="chat"), None, [tabs], **QUIET)
 
-    runs.chat.click(partial(talk_to, services), [runs.one], [tabs, chat.run], **QUIET)
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
     page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
@@ -269,18 +270,8 @@ def redraw(services: Services, talking_to: str | None) -> list[Any]:
     except FileNotFoundError:  # discarded since: the next glance says so
         return [gr.skip()] * (len(run_bar.NO_RUN) + 3)
     running = progress is not None and progress.state == "running"
-    choices = gr.skip() if running and talking_to else run_choices(services, talking_to)
+    choices = gr.skip() if running and talking_to else chat_tab.choices(services, talking_to)
     return [run_bar.device_chip(services.hardware()), *bar, drawn, choices]
-
-
-def run_choices(services: Services, talking_to: str | None) -> Any:
-    """All runs that can be talked to, newest first; the choice that was made stays."""
-    ids = [run.id for run in services.workspace.all() if run.adapter.is_dir()]
-    return gr.update(choices=ids, value=talking_to if talking_to in ids else (ids[0] if ids else None))
-
-
-def talk_to(services: Services, run_id: str) -> list[Any]:
-    return [gr.Tabs(selected="chat"), run_choices(services, run_id)]
 
 
 def curves(services: Services, run_id: str, rewinds: int, stride: int, count: int, held_out_count: int) -> dict[str, Any]:
