@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import calendar
 import contextlib
-import errno
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qlora_ui.config import RunConfig
-from qlora_ui.disk import lock_file, telling_trouble
+from qlora_ui.disk import append_line, lock_file, telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import AdapterSaved, Asked, CheckpointSaved, Event, Interrupted, Resumed, State, Step, Wish, decode, encode
 
@@ -27,7 +26,6 @@ DEFAULT_HOME = Path(__file__).resolve().parent.parent / "workspace"
 WISHES: tuple[Wish, ...] = ("discard", "stop", "pause")  # of several, the first is done
 DISCARDED = ".discarded-"
 TAIL_BYTES = 65536
-TORN = b" (torn)\n"  # what ends a line that was not written whole: no reader has seen it, and none will
 RESERVE_BYTES = 65536
 STAMP = "%Y%m%d-%H%M%S"
 RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,51}")
@@ -256,18 +254,7 @@ class Run:
         """Write one event. It is on its way to disk, whole, when this returns: a kill of the process cannot lose it."""
         line = encodable(encode(event) + "\n")
         self._keep_room(event)
-        descriptor = os.open(self.events_path, os.O_RDWR | os.O_APPEND)  # never made here: a deleted run stays deleted
-        try:
-            if os.lseek(descriptor, 0, os.SEEK_END):
-                os.lseek(descriptor, -1, os.SEEK_END)
-                if os.read(descriptor, 1) != b"\n":
-                    line = TORN + line  # a full disk or a power cut tore the last line: it must not swallow this one
-            if os.write(descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_path))
-            if event.state is not None:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        append_line(self.events_path, line, sync=event.state is not None)
 
     def _keep_room(self, event: Event) -> None:
         """Hold a little of the disk from the run's beginning to its end, so that it can tell its end on a full one."""

@@ -30,6 +30,7 @@ from qlora_ui.progress import Progress, duration
 from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
 from qlora_ui.talking import Chat, EngineChat
+from qlora_ui.votes import Votes
 
 if TYPE_CHECKING:
     from qlora_ui.engine.hardware import Hardware
@@ -85,6 +86,7 @@ class Services:
     workspace: Workspace
     jobs: Jobs
     chat: Chat
+    votes: Votes
     watch: Watch
     overview: Overview
     inspector: Inspector
@@ -261,6 +263,7 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
         workspace=workspace,
         jobs=jobs,
         chat=chat,
+        votes=Votes(workspace.root),
         watch=watch,
         overview=Overview(workspace, watch.progress),
         inspector=Inspector(workspace, workspace.root),

@@ -14,6 +14,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.services import Services
 from qlora_ui.ui import (
+    arena_tab,
     chat_tab,
     data_rows,
     data_source,
@@ -39,6 +40,7 @@ def build(services: Services) -> gr.Blocks:
         bar = run_bar.build()
         # Out here, because what lies in a tab that was not opened yet is not read from the browser.
         kept_chat = gr.BrowserState({}, storage_key="qlora-ui-chat", secret="not secret, only fixed")
+        kept_contestants = gr.BrowserState([], storage_key="qlora-ui-arena", secret="not secret, only fixed")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Data", id="data", elem_id="tab-data"):
                 data = data_tab.build(services, presets.load(train_tab.first_preset()).config)
@@ -46,12 +48,15 @@ def build(services: Services) -> gr.Blocks:
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
                 chat = chat_tab.build(services, kept_chat)
+            with gr.Tab("Arena", id="arena", elem_id="tab-arena") as arena_shown:
+                arena = arena_tab.build(services, QUIET)
             with gr.Tab("Runs", id="runs", elem_id="tab-runs") as runs_shown:
                 runs = runs_tab.build(services, QUIET)
                 runs_shown.select(None, None, None, js=runs_tab.REFRESH)
         news = live.News(services)
         seen = live.build(news)
         page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
+        arena_tab.wire(services, arena, arena_shown, tabs, page, kept_contestants, QUIET)
         wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
         scripting.build(services)
     return page
@@ -240,7 +245,9 @@ def linked_run(services: Services) -> Any:
 
     def opened_by_link(request: gr.Request) -> list[Any]:
         run = services.find(str(request.query_params.get("run", "")))
-        return [gr.Tabs(selected="runs"), [run.id]] if run else [gr.skip(), gr.skip()]
+        if run is None or "pair" in request.query_params:  # a pair that waits for a vote is shown by the arena
+            return [gr.skip(), gr.skip()]
+        return [gr.Tabs(selected="runs"), [run.id]]
 
     return opened_by_link
 
