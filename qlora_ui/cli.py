@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_ui import export_cli, plan_cli, presets
+from qlora_ui import export_cli, plan_cli, presets, speakers
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, reasons, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -283,13 +283,14 @@ def describe(event: Event) -> str:
 def chat_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Print the answer as it is written."""
     run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
+    speaker = speakers.of_run(run)
     from qlora_ui.engine import chat, decoding
 
     sampling = decoding.Sampling(temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
-    model = chat.ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
+    model = chat.ChatModel(speaker, workspace.models, emit=lambda event: None, should_stop=lambda: False)
     question = [Message(role="user", content=arguments.prompt)]
     printed = ""
-    for answers in model.reply([("base" if arguments.base else "adapter", question)], sampling):
+    for answers in model.reply([(speaker.base if arguments.base else speaker, question)], sampling):
         print(answers.texts[0][len(printed) :], end="", flush=True)
         printed = answers.texts[0]
     print()

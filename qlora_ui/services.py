@@ -9,20 +9,19 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from qlora_ui import checkpoints, isolation, presets, snapshots
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
-from qlora_ui.data.formats import Message
 from qlora_ui.disk import telling_trouble
 from qlora_ui.errors import UserError
-from qlora_ui.events import Event, State
+from qlora_ui.events import State
 from qlora_ui.exporting import Exporting
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
@@ -30,66 +29,16 @@ from qlora_ui.overview import Overview
 from qlora_ui.progress import Progress, duration
 from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.talking import Chat, EngineChat
 
 if TYPE_CHECKING:
-    from qlora_ui.engine.chat import ChatModel
-    from qlora_ui.engine.decoding import Answers, Sampling
     from qlora_ui.engine.hardware import Hardware
 
 T = TypeVar("T")
 
-Side = tuple[Literal["adapter", "base"], Sequence[Message]]
-"""Who is asked, and the conversation up to the question."""
 SILENT_SECONDS = 120.0  # more than a step takes on what most people have; a page says so then
 PARTING_SECONDS = 10.0
 DEAD_SECONDS = 3.0  # without a sign of life, after which a look asks whether the process is there at all
-
-
-class Chat(Protocol):
-    """Talks to one run at a time."""
-
-    def reply(self, run: Run, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]: ...
-
-    def release(self) -> None: ...
-
-
-class EngineChat:
-    """Keeps the model of the run that was talked to last; gives it back when a training needs the room."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._model: ChatModel | None = None
-        self._lock = threading.Lock()
-        self._wanted_back = threading.Event()
-
-    def reply(self, run: Run, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]:
-        """Stream the answers of all sides, loading the run's model first when it is another. Raises UserError."""
-        if not all(conversation[-1].content.strip() for _, conversation in sides):
-            raise UserError("The message is empty. Write a question.")
-        with self._lock:
-            live = self._workspace.live()
-            if live is not None:
-                raise UserError(f"{live.id} is training and needs the device. Chat when it has ended, or stop it.")
-            if self._model is None or self._model.run_id != run.id:
-                from qlora_ui.engine import chat
-
-                self._model = None
-                self._model = chat.ChatModel(run, emit=_ignore, should_stop=lambda: False)
-            for answers in self._model.reply(sides, sampling):
-                yield answers
-                if self._wanted_back.is_set():
-                    raise UserError("The answer was cut off: a training was started and needs the device. Ask again when it has ended.")
-
-    def release(self) -> None:
-        """End the answer that is being written, at its next token, and let go of the model."""
-        self._wanted_back.set()
-        with self._lock:
-            self._wanted_back.clear()
-            if self._model is not None:
-                from qlora_ui.engine import hardware
-
-                self._model = None
-                hardware.give_memory_back()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +269,3 @@ def _wait_for(*locks: FileLock) -> None:
     for lock in locks:
         with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=PARTING_SECONDS):
             pass
-
-
-def _ignore(event: Event) -> None:
-    """Loading for a chat tells nobody."""

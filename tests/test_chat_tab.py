@@ -9,7 +9,7 @@ import pytest
 import tiny
 from playwright.sync_api import Browser, Page, expect
 from serving import go, open_page, served
-from training import trained
+from training import chat_model, trained
 
 from qlora_ui.data.formats import Message
 from qlora_ui.engine.chat import ChatModel
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def model(run: Run) -> ChatModel:
-    return ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
+    return chat_model(run)
 
 
 def turns(*said: str) -> list[Message]:
@@ -40,17 +40,17 @@ def turns(*said: str) -> list[Message]:
 
 def test_the_oldest_turns_leave_a_full_context_aloud_and_the_system_prompt_stays(model: ChatModel) -> None:
     long = [Message(role="system", content="Be brief."), *turns("a" * 200, "b" * 200, "c" * 100, "d" * 100, "last question")]
-    *_, answers = model.reply([("adapter", long)], Sampling(temperature=0, max_new_tokens=20))
+    *_, answers = model.reply([(model.speaker, long)], Sampling(temperature=0, max_new_tokens=20))
     assert (answers.left_out, answers.context_limit) == (2, 512)
     assert answers.context <= 512 - 20
     short = [long[0], *long[3:]]
-    *_, expected = model.reply([("adapter", short)], Sampling(temperature=0, max_new_tokens=20))
+    *_, expected = model.reply([(model.speaker, short)], Sampling(temperature=0, max_new_tokens=20))
     assert (answers.texts, expected.left_out) == (expected.texts, 0)
 
 
 def test_top_k_of_one_is_greedy_and_a_repetition_penalty_changes_the_answer(model: ChatModel) -> None:
     def said(**values: float) -> str:
-        *_, last = model.reply([("adapter", turns("Question 3"))], Sampling(max_new_tokens=24, **values))  # type: ignore[arg-type]
+        *_, last = model.reply([(model.speaker, turns("Question 3"))], Sampling(max_new_tokens=24, **values))  # type: ignore[arg-type]
         return last.texts[0]
 
     greedy = said(temperature=0)

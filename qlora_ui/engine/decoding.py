@@ -53,7 +53,7 @@ class Answers:
     """The answers so far, in the order of the asked sides, with the number of tokens drawn and the seconds it took.
 
     `context` tokens of the `context_limit` that the model can read were read, on the longest side; `left_out` of its oldest turns
-    no longer fitted.
+    no longer fitted. `note` is what there is to say beside, as what is waited for before the first token.
     """
 
     texts: tuple[str, ...]
@@ -62,6 +62,7 @@ class Answers:
     context: int
     context_limit: int
     left_out: int
+    note: str = ""
 
 
 def draw(
@@ -71,7 +72,7 @@ def draw(
     passes: Sequence[tuple[Sequence[int], Callable[[], AbstractContextManager[None]]]],
     sampling: Sampling,
     end_ids: Sequence[int],
-    read: Mapping[str, int],
+    read: Mapping[str, Any],
 ) -> Iterator[Answers]:
     """Stream the answers of all rows of the batch. Each pass names rows that decode together, and what the model has to be meanwhile.
 
@@ -131,7 +132,7 @@ class _Rows(BaseStreamer):
     `rows` are those that are being generated: all, or one after the other.
     """
 
-    def __init__(self, rows: int, tokenizer: Any, end_ids: Sequence[int], read: Mapping[str, int]) -> None:
+    def __init__(self, rows: int, tokenizer: Any, end_ids: Sequence[int], read: Mapping[str, Any]) -> None:
         self.news: queue.Queue[list[tuple[int, int]] | BaseException | None] = queue.Queue()
         self.rows = list(range(rows))
         self._decoders = [DecodeStream(skip_special_tokens=True) for _ in range(rows)]

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from qlora_ui import speakers
 from qlora_ui.data.formats import Message
 from qlora_ui.errors import UserError
-from qlora_ui.services import Services, Side
+from qlora_ui.services import Services
+from qlora_ui.talking import Side
 from qlora_ui.ui import markup
 
 if TYPE_CHECKING:
@@ -192,15 +194,16 @@ def respond(
         return
     question = {"role": "user", "content": text.strip()}
     histories = [[*tuned, question], [*base, question]] if compare else [[*tuned, question]]
-    whos: tuple[Literal["adapter", "base"], ...] = ("adapter", "base")
     said_first = (
         [Message(role="system", content=system.strip())] if system and system.strip() else []
     )  # Gradio gives None for an untouched one
-    sides: list[Side] = [(who, [*said_first, *messages(history)]) for who, history in zip(whos, histories, strict=False)]
     yield [*columns(histories), markup.note("Getting the model ready…"), during, *BUSY]
     try:
         from qlora_ui.engine import decoding
 
+        speaker = speakers.find(services.workspace, run_id)
+        asked = zip((speaker, speaker.base), histories, strict=False)
+        sides: list[Side] = [(who, [*said_first, *messages(history)]) for who, history in asked]
         drawn = decoding.Sampling(
             temperature=temperature,
             top_p=top_p,
@@ -209,9 +212,10 @@ def respond(
             max_new_tokens=int(max_new_tokens),
             seed=int(seed or 0),
         )
-        for answers in services.chat.reply(services.workspace.get(run_id), sides, drawn):
+        for answers in services.chat.reply(sides, drawn):
             spoken = [[*h, {"role": "assistant", "content": said}] for h, said in zip(histories, answers.texts, strict=True)]
-            yield [*columns(spoken), markup.note(figures(answers, drawn.seed)), gr.skip(), *BUSY]
+            said = " · ".join(filter(None, [figures(answers, drawn.seed) if answers.tokens else "", answers.note]))
+            yield [*columns(spoken if answers.tokens else histories), markup.note(said), gr.skip(), *BUSY]
             if wish.stop:
                 break
     except UserError as error:
@@ -291,11 +295,12 @@ def partial_named(services: Services) -> Any:
     def chat(run: str, prompt: str, base: bool = False, temperature: float = 0.0, max_new_tokens: int = 200, seed: int = 0) -> str:
         from qlora_ui.engine import decoding
 
-        who: Literal["adapter", "base"] = "base" if base else "adapter"
         said = ""
         try:
             drawn = decoding.Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-            for answers in services.chat.reply(services.workspace.get(run), [(who, [Message(role="user", content=prompt)])], drawn):
+            speaker = speakers.find(services.workspace, run)
+            asked = [(speaker.base if base else speaker, [Message(role="user", content=prompt)])]
+            for answers in services.chat.reply(asked, drawn):
                 said = answers.texts[0]
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
