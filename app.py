@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 import time
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -14,6 +16,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from qlora_ui.errors import UserError
 from qlora_ui.runs import Workspace
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+    from qlora_ui.services import Services
 
 
 def main() -> int:
@@ -24,6 +31,7 @@ def main() -> int:
     parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's relay")
     parser.add_argument("--home", help="the workspace folder (default: QLORA_UI_HOME, else ./workspace)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument("--api", action="store_true", help="also answer OpenAI's clients at /v1, for whoever has the key")
     flags = parser.parse_args()
     try:
         workspace = Workspace.open(flags.home)
@@ -47,19 +55,9 @@ def main() -> int:
 def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
     """Launch, then warm up: the page does not wait for torch."""
     from qlora_ui import services
-    from qlora_ui.ui import app
 
     warm_up = services.WarmUp()
-    page = app.build(services.build(workspace, warm_up))
-    page.launch(
-        server_name=flags.host,
-        server_port=flags.port,
-        share=flags.share,
-        inbrowser=flags.open,
-        prevent_thread_lock=True,
-        app_kwargs={"middleware": host_check(flags)},
-        **app.launch_options(),
-    )
+    page = launch(flags, services.build(workspace, warm_up))
     warm_up.start()
     try:
         while True:
@@ -67,6 +65,37 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
     except KeyboardInterrupt:
         page.close()
         os._exit(0)  # without waiting for threads that were left to themselves, such as a request to a Hub that hangs
+
+
+def launch(flags: argparse.Namespace, made: Services) -> Blocks:
+    """The page over these services, and the API where it is asked for, on one server of their own threads."""
+    from qlora_ui import openai_api
+    from qlora_ui.ui import app
+
+    page = app.build(made)
+    key, words = api_key() if flags.api else ("", "")
+    page.launch(
+        server_name=flags.host,
+        server_port=flags.port,
+        share=flags.share,
+        inbrowser=flags.open,
+        prevent_thread_lock=True,
+        app_kwargs={"middleware": host_check(flags), "routes": openai_api.routes(made, key) if flags.api else []},
+        **app.launch_options(),
+    )
+    if flags.api:
+        print(f"* OpenAI-compatible API on:  {page.local_url}v1, {words}", flush=True)
+    return page
+
+
+def api_key() -> tuple[str, str]:
+    """The key of the API, and what to say of it. One that is made here is shown, and kept where a restart of the app finds it."""
+    from qlora_ui.openai_api import KEY
+
+    if given := os.environ.get(KEY):
+        return given, f"key: that of {KEY}"
+    os.environ[KEY] = made = secrets.token_urlsafe(24)
+    return made, f"key: {made}"
 
 
 def host_check(flags: argparse.Namespace) -> list[Middleware]:

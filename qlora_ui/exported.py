@@ -43,10 +43,9 @@ class Record:
 
 def folder_of(workspace: Workspace) -> Path:
     """Where exports of the workspace lie; made when missing."""
-    folder = workspace.root / "exports"
     with telling_trouble(workspace.root, AGAIN):
-        folder.mkdir(exist_ok=True)
-    return folder
+        workspace.exports.mkdir(exist_ok=True)
+    return workspace.exports
 
 
 def free_name(workspace: Workspace, name: str) -> Path:
@@ -59,7 +58,7 @@ def free_name(workspace: Workspace, name: str) -> Path:
 
 def keep_record(wish: Export, count: int, verified: str, pushed: str = "") -> None:
     """Write down what an export is, if it lies among those of the workspace."""
-    if wish.target.parent == wish.run.workspace.root / "exports":
+    if wish.target.parent == wish.run.workspace.exports:
         record = Record(
             run=wish.run.id,
             kind=wish.kind,

@@ -65,9 +65,9 @@ def into_workspace(
     run: Run, kind: Kind, checkpoint: int | None = None, quantize: bool = False, repository: str = "", private: bool = True
 ) -> Export:
     """An export to a place of its own among those of the workspace; an adapter that is not pushed is a zip. Raises UserError."""
-    step = exports.weights_of(run, checkpoint).step
+    step = "" if checkpoint is None else f"-step{checkpoint}"
     form = "-nf4" if quantize else ".zip" if kind == "adapter" and not repository else ""
-    target = exported.free_name(run.workspace, f"{run.id}-step{step}-{kind}{form}")
+    target = exported.free_name(run.workspace, f"{run.id}{step}-{kind}{form}")
     return exports.plan(run, kind, str(target), checkpoint, quantize, repository, private)
 
 
@@ -123,7 +123,6 @@ class Exporting:
     def start(self, wish: Export, token: str = "") -> None:
         """Begin and return at once. Raises UserError when the device or the run is in use."""
         held = self._jobs.lend(wish.run)
-        exported.sweep(self.workspace)
         self._stop = threading.Event()
         version = self._job.version + 1 if self._job else 0
         self._job = Job(run=wish.run.id, kind=wish.kind, step=wish.weights.step, version=version)
@@ -138,6 +137,7 @@ class Exporting:
     def _work(self, wish: Export, token: str, held: Held, should_stop: ShouldStop) -> None:
         try:
             with held:  # free again before the end is told: who reads of it may use the device at once
+                exported.sweep(self.workspace)
                 abandonable(self._make_room, should_stop)
                 made = self._make(wish, self._hear, should_stop, token)
         except Cancelled:

@@ -84,6 +84,11 @@ def sealed_checkpoints(run: Run) -> list[Path]:
     return [folder for folder in checkpoints.all_of(run) if (folder / checkpoints.SEAL).exists()]
 
 
+def has_weights(run: Run) -> bool:
+    """Whether there is anything to export: a look at names only."""
+    return run.adapter.is_dir() or bool(sealed_checkpoints(run))
+
+
 def likely_weights(run: Run, checkpoint: int | None = None) -> Path | None:
     """The folder that `weights_of` would choose, by names only: whether it is damaged is not looked at."""
     there = sealed_checkpoints(run)

@@ -127,7 +127,7 @@ class Jobs:
 
     def lend(self, run: Run) -> Held:
         """The device and a run, for whoever works with them without training. Raises UserError when somebody else has one of them."""
-        with self._lease() as held:
+        with telling_trouble(self.workspace.root, "try again"), self._lease() as held:
             self._take(held, run)
             loan = self.workspace.loan()
             loan.acquire(timeout=1)  # whoever asks whether the device is lent may have it for a moment

@@ -64,6 +64,10 @@ class Workspace:
     def uploads(self) -> Path:
         return self.root / "uploads"
 
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
     def lease(self) -> FileLock:
         """The lock of the device: whoever trains holds it, so that two apps on one workspace cannot train at once."""
         return lock_file(self.root / "training.lock", "start again")
@@ -75,6 +79,10 @@ class Workspace:
     def is_lent(self) -> bool:
         """Whether somebody does, in whichever process."""
         return is_held(self.loan)
+
+    def is_busy(self) -> bool:
+        """Whether a training, or somebody else, has the device."""
+        return self.is_lent() or self.live() is not None
 
     def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> tuple[Run, FileLock]:
         """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-].

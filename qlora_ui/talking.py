@@ -53,6 +53,8 @@ class EngineChat:
             live = self._workspace.live()
             if live is not None:
                 raise UserError(f"{live.id} is training and needs the device. Chat when it has ended, or stop it.")
+            if self._workspace.is_lent():
+                raise UserError("An export needs the device. Chat when it has ended, or cancel it on the Export tab.")
             from qlora_ui.engine import decoding
 
             so_far = decoding.Answers(texts=("",) * len(sides), tokens=0, seconds=0, context=0, context_limit=0, left_out=0)
@@ -64,7 +66,7 @@ class EngineChat:
                     so_far = _joined(before, rows, answers)
                     yield so_far
                     if self._wanted_back.is_set():
-                        raise UserError("The answer was cut off: a training was started and needs the device. Ask again when it has ended.")
+                        raise UserError("The answer was cut off: something else needs the device. Ask again when it has ended.")
                 silent = {row: speaker for row, speaker in silent.items() if row not in rows}
 
     def release(self) -> None:

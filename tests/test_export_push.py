@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import constants
+from test_exporting import wait_for_exports
 from training import Watched, never
 
 from qlora_ui import exported, exporting, exports
@@ -171,9 +172,7 @@ def test_a_token_that_was_typed_is_used_and_is_in_no_file_and_no_word(
     run = Run(folder=Path(shutil.copytree(finished.run.folder, tiny_workspace.runs / finished.run.id)))
     maker = exporting.Exporting(tiny_workspace, Jobs(tiny_workspace))
     maker.start(exporting.into_workspace(run, "adapter", repository="me/guanaco", private=False), TOKEN)
-    for thread in threading.enumerate():
-        if thread.name == "export":
-            thread.join(60)
+    wait_for_exports()
     assert maker.job is not None
     assert (maker.job.stand, maker.job.log[-1]) == ("done", f"Pushed: commit {COMMIT[:12]}")
     assert hub.tokens == {f"Bearer {TOKEN}"}

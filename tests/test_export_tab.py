@@ -75,8 +75,8 @@ def test_a_person_cancels_exports_downloads_uses_elsewhere_and_deletes(
     page.get_by_label("Folder that chats", exact=True).check()
     start.click()
     expect(past).to_have_count(2, timeout=MINUTE)
-    expect(page.locator("#export-chosen")).to_contain_text(f"exports/{run.id}-step8-folder in the workspace")
-    folder = f"{taken(page, tmp_path / 'chat')}/{run.id}-step8-folder"
+    expect(page.locator("#export-chosen")).to_contain_text(f"exports/{run.id}-folder in the workspace")
+    folder = f"{taken(page, tmp_path / 'chat')}/{run.id}-folder"
 
     base = str(run.workspace.models / "tiny")
     asked = {"adapter": ("adapter", adapter, base), "folder": ("script", folder, base)}
@@ -89,11 +89,11 @@ def test_a_person_cancels_exports_downloads_uses_elsewhere_and_deletes(
     assert answer["told"]["folder"]["answer"] == words
 
     page.locator("#export-delete").click()
-    expect(page.locator("#export-delete-question")).to_contain_text(f"Delete exports/{run.id}-step8-folder")
+    expect(page.locator("#export-delete-question")).to_contain_text(f"Delete exports/{run.id}-folder")
     page.locator("#export-delete-cancel").click()
     expect(page.locator("#export-delete-question")).to_be_hidden()
     page.locator("#export-delete").click()
     page.locator("#export-delete-confirm").click()
     expect(past).to_have_count(1)
-    assert there(run.workspace) == [f"{run.id}-step8-adapter.zip", f"{run.id}-step8-adapter.zip.json"]
+    assert there(run.workspace) == [f"{run.id}-adapter.zip", f"{run.id}-adapter.zip.json"]
     assert page.faults == []  # type: ignore[attr-defined]

@@ -50,6 +50,8 @@ ROOMS = (
     "adapters",
     "talking",
     "services",
+    "completions",
+    "openai_api",
     "plan_cli",
     "export_cli",
     "cli",

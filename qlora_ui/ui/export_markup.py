@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from html import escape
 
-from qlora_ui.exported import Record
+from qlora_ui.exported import MOST_DOWNLOAD_BYTES, Record
 from qlora_ui.exporting import Job
 from qlora_ui.exports import gguf_commands, size_words
 from qlora_ui.ui import markup
@@ -45,7 +45,9 @@ def facts(name: str, record: Record) -> str:
     pushed = f'<p class="note">On the Hub: {escape(record.pushed)}</p>' if record.pushed else ""
     verified = f"<details><summary>Verified by reloading</summary><p>{escape(record.verified)}.</p></details>" if record.verified else ""
     where = f"exports/{escape(name)} in the workspace · {size_words(record.bytes)} · made {made}"
-    return f'<p class="note">{where}</p>{pushed}{verified or markup.note("Nothing is known of how it was made.")}'
+    large = f"More than {size_words(MOST_DOWNLOAD_BYTES)} are not handed through a browser: copy it from there."
+    too_large = markup.note(large) if record.bytes > MOST_DOWNLOAD_BYTES else ""
+    return f'<p class="note">{where}</p>{too_large}{pushed}{verified or markup.note("Nothing is known of how it was made.")}'
 
 
 def label(name: str, record: Record) -> str:

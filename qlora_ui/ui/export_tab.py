@@ -12,7 +12,7 @@ import gradio as gr
 
 from qlora_ui import checkpoints, exported, exporting, labels
 from qlora_ui.errors import UserError
-from qlora_ui.exports import Kind, likely_weights, sealed_checkpoints, size_words
+from qlora_ui.exports import Kind, has_weights, likely_weights, sealed_checkpoints, size_words
 from qlora_ui.services import Services
 from qlora_ui.ui import export_markup, live, markup
 
@@ -115,7 +115,7 @@ def build(services: Services, quiet: dict[str, Any]) -> ExportTab:
 
 def look(services: Services, run_id: str | None, weights: str | None, past: str | None, newest: str) -> list[Any]:
     """What can be chosen and pressed now. Choices that were made stay; an export that is new is chosen."""
-    runs = [run for run in services.workspace.all() if likely_weights(run)]
+    runs = [run for run in services.workspace.all() if has_weights(run)]
     ids = [run.id for run in runs]
     chosen = run_id if run_id in ids else (ids[0] if ids else None)
     names = [(f"{labels.title(run)} ({run.id})" if labels.title(run) != run.name else run.id, run.id) for run in runs]

@@ -47,7 +47,8 @@ class News:
             parts = [run.id, progress.state, progress.phase, progress.asked or "", str(progress.adapter_saved), silence]
         known = "device" if self._services.hardware() else "no device yet"
         runs = self._services.workspace.runs
-        changed = [str(folder.stat().st_mtime_ns) if folder.is_dir() else "no folder" for folder in (runs, runs.parent / "exports")]
+        seen = (runs, self._services.workspace.exports)
+        changed = [str(folder.stat().st_mtime_ns) if folder.is_dir() else "no folder" for folder in seen]
         job = self._services.exporting.job
         export = f"{job.stand} {job.asked_to_end}" if job else "no export"
         return " ".join([*parts, known, export, *changed])

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from qlora_ui.errors import UserError
-from qlora_ui.exports import likely_weights
+from qlora_ui.exports import has_weights
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services
@@ -138,7 +138,7 @@ def look(services: Services, run: Run | None, progress: Progress | None) -> list
         gr.update(interactive=may_stop),
         gr.update(interactive=progress.asked != "discard"),
         gr.update(interactive=rests and progress.adapter_saved),
-        gr.update(interactive=rests and likely_weights(run) is not None),
+        gr.update(interactive=rests and has_weights(run)),
         gr.update(visible=services.hangs_here(run)),
         run.id,
         progress.state,
