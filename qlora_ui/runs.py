@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,25 @@ class Workspace:
     def uploads(self) -> Path:
         return self.root / "uploads"
 
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
     def lease(self) -> FileLock:
         """The lock of the device: whoever trains holds it, so that two apps on one workspace cannot train at once."""
         return lock_file(self.root / "training.lock", "start again")
+
+    def loan(self) -> FileLock:
+        """Held beside the lease by whoever works with the device without training."""
+        return lock_file(self.root / "loan.lock", "try again")
+
+    def is_lent(self) -> bool:
+        """Whether somebody does, in whichever process."""
+        return is_held(self.loan)
+
+    def is_busy(self) -> bool:
+        """Whether a training, or somebody else, has the device."""
+        return self.is_lent() or self.live() is not None
 
     def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> tuple[Run, FileLock]:
         """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-].
@@ -198,13 +214,7 @@ class Run:
 
     def is_held(self) -> bool:
         """Whether some process trains it, or writes in it otherwise."""
-        try:
-            self.lock().acquire(timeout=0).lock.release()
-        except Timeout:
-            return True
-        except (OSError, UserError):  # gone, or closed to writing: nobody trains there
-            return False
-        return False
+        return is_held(self.lock)
 
     def ask(self, wish: Wish) -> None:
         """Ask whoever trains it, in whichever process. Twice, or after the end, is no change. Raises UserError when it cannot be asked."""
@@ -323,6 +333,17 @@ class Run:
         """Undo a publishing that was killed between its two renames: the result before it is the result."""
         if self._replaced.exists() and not self.adapter.exists():
             self._replaced.rename(self.adapter)
+
+
+def is_held(lock: Callable[[], FileLock]) -> bool:
+    """Whether somebody has the lock."""
+    try:
+        lock().acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    except (OSError, UserError):  # its folder is gone, or closed to writing: nobody works there
+        return False
+    return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,6 +23,7 @@ from qlora_ui.data import sources
 from qlora_ui.disk import telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import State
+from qlora_ui.exporting import Exporting
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
 from qlora_ui.overview import Overview
@@ -85,6 +86,7 @@ class Services:
 
     workspace: Workspace
     jobs: Jobs
+    exporting: Exporting
     chat: Chat
     votes: Votes
     watch: Watch
@@ -122,7 +124,7 @@ class Services:
                 "--set trust_remote_code=true, or write a preset file for it.",
                 field="trust_remote_code",
             )
-        if self.workspace.live() is None:
+        if self.workspace.live() is None and not self.workspace.is_lent():
             _wait_for(self.workspace.lease())
         run = self.jobs.start(config, isolated=isolated)
         self._isolated[run.id] = isolated
@@ -133,7 +135,7 @@ class Services:
         live = self.workspace.live()
         if live == run and not changes:
             return
-        if live is None:
+        if live is None and not self.workspace.is_lent():
             _wait_for(run.lock(), self.workspace.lease())
             with telling_trouble(run.folder):
                 run.beat()  # its last sign of life is as old as its rest
@@ -262,6 +264,7 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
     return Services(
         workspace=workspace,
         jobs=jobs,
+        exporting=Exporting(workspace, jobs, make_room=chat.release),
         chat=chat,
         votes=Votes(workspace.root),
         watch=watch,

@@ -19,6 +19,7 @@ from qlora_ui.ui import (
     data_rows,
     data_source,
     data_tab,
+    export_tab,
     form,
     live,
     markup,
@@ -53,11 +54,14 @@ def build(services: Services) -> gr.Blocks:
             with gr.Tab("Runs", id="runs", elem_id="tab-runs") as runs_shown:
                 runs = runs_tab.build(services, QUIET)
                 runs_shown.select(None, None, None, js=runs_tab.REFRESH)
+            with gr.Tab("Export", id="export", elem_id="tab-export"):
+                export = export_tab.build(services, QUIET)
         news = live.News(services)
         seen = live.build(news)
         page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
         arena_tab.wire(services, arena, arena_shown, tabs, page, kept_contestants, QUIET)
-        wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
+        redrawn = wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
+        wire_export(services, bar, tabs, export, seen, news, redrawn)
         scripting.build(services)
     return page
 
@@ -78,13 +82,13 @@ def wire(
     seen: gr.HTML,
     news: live.News,
     page: gr.Blocks,
-) -> None:
-    """Everything that crosses from one tab to another."""
+) -> Any:
+    """Everything that crosses from one tab to another. Returns the event after which buttons and choices are redrawn."""
     # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
     # and only when the script has found another key than the one that it was drawn for.
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
     shown = [bar.chip, *bar.shown, train.plot, chat.speaker]
-    seen.change(partial(redraw, services), [chat.speaker], shown, queue=False, **QUIET)
+    redrawn = seen.change(partial(redraw, services), [chat.speaker], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
     draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
@@ -126,6 +130,22 @@ def wire(
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
     page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
+    return redrawn
+
+
+def wire_export(
+    services: Services, bar: run_bar.RunBar, tabs: gr.Tabs, export: export_tab.ExportTab, seen: gr.HTML, news: live.News, redrawn: Any
+) -> None:
+    """The Export tab follows what every page sees of runs and exports."""
+    look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
+    known = [export.run, export.weights, export.past, export.newest]
+    redrawn.then(partial(export_tab.look, services), known, export.shown, queue=False, **QUIET)
+    wished = [export.run, export.weights, export.kind, export.quantize, export.push]
+    measured = heard([field.change for field in wished]).change
+    measured(partial(export_tab.room_words, services), wished, [export.size], trigger_mode="always_last", **QUIET)
+    asked = [*wished, export.repository, export.private, export.token]
+    export.start.click(partial(export_tab.start, services), asked, [export.message, export.token], **QUIET).then(**look)
+    bar.export.click(lambda run: [gr.Tabs(selected="export"), run], [bar.run], [tabs, export.run], **QUIET)
 
 
 def heard(events: list[Any]) -> gr.Textbox:
