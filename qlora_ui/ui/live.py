@@ -47,7 +47,8 @@ class News:
             parts = [run.id, progress.state, progress.phase, progress.asked or "", str(progress.adapter_saved), silence]
         known = "device" if self._services.hardware() else "no device yet"
         runs = self._services.workspace.runs
-        return " ".join([*parts, known, str(runs.stat().st_mtime_ns) if runs.is_dir() else "no folder"])
+        folder = str(runs.stat().st_mtime_ns) if runs.is_dir() else "no folder"
+        return " ".join([*parts, known, folder, self._services.queue.stamp()])
 
     def wait_seconds(self, page: str) -> float:
         """After how long a page is to ask again: a second, or longer where so many are open that answers would slow a training down."""
