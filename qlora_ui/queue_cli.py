@@ -116,7 +116,7 @@ def hold(arguments: argparse.Namespace, workspace: Workspace, queue: Queue) -> i
 
 def run(follow: Follow, arguments: argparse.Namespace, workspace: Workspace, queue: Queue) -> int:
     """Train what waits, in the foreground. Ctrl-C stops the run that trains, keeps its adapter, and holds the queue."""
-    jobs, ended, code = Jobs(workspace), threading.Event(), 0
+    jobs, ended, interrupted, code = Jobs(workspace), threading.Event(), threading.Event(), 0
     printers: list[threading.Thread] = []
     trains: list[Run] = []
 
@@ -128,6 +128,8 @@ def run(follow: Follow, arguments: argparse.Namespace, workspace: Workspace, que
         if not arguments.json:
             print(f"Run {started.id}  (Ctrl-C stops it, keeps the adapter and holds the queue)", flush=True)
         trains.append(started)
+        if interrupted.is_set():  # while it was begun
+            started.ask("stop")
         ended.clear()
         printers.append(threading.Thread(target=follow, args=(started, arguments.json, ended, 0)))
         printers[-1].start()
@@ -140,6 +142,7 @@ def run(follow: Follow, arguments: argparse.Namespace, workspace: Workspace, que
         code = worse(code, exit_code(started))
 
     def interrupt(*_: Any) -> None:
+        interrupted.set()
         queue.hold("Held, because Ctrl-C was pressed in the terminal that worked through it.")
         for started in trains:
             started.ask("stop")

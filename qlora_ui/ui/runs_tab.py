@@ -19,7 +19,7 @@ from qlora_ui.ui import markup, queue_panel, sweep
 from qlora_ui.ui.comparison import MOST_RUNS, Shown, comparison, report
 
 SCRIPT = Path(__file__).with_name("runs_table.js")
-REFRESH = "() => window.runsChanged?.()"
+REFRESH = "() => { window.runsChanged?.(); window.queueChanged?.(); }"
 PRESS = "(said) => { if (!said) setTimeout(() => document.querySelector('#run-script-file').click(), 100); }"
 COLUMNS = {
     "title": "Name",
@@ -118,8 +118,8 @@ def show(services: Services, chosen: list[str]) -> list[Any]:
     if swept:
         seen = sweep.best_first(seen)
     if len(runs) > 1:
-        results = sweep.results(seen) if swept else ""
-        return [hidden, "", "", gr.skip(), results + comparison(seen[:MOST_RUNS]), "", hidden]
+        beside = sweep.results(seen) if swept else comparison(seen)
+        return [hidden, "", "", gr.skip(), beside, "", hidden]
     run, label = runs[0], labels.load(runs[0])
     talks = gr.update(interactive=run.adapter.is_dir())
     return [gr.update(visible=True), label.title or run.name, label.notes, talks, report(seen[0]), run.id, hidden]

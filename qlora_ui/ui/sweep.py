@@ -16,7 +16,7 @@ from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
 from qlora_ui.ui import form, markup, planner, queue_panel
-from qlora_ui.ui.comparison import MOST_RUNS, Shown, different_settings, label
+from qlora_ui.ui.comparison import MOST_RUNS, Shown, different_settings, label, picture
 
 NOT_SWEPT = ("model", "revision", "trust_remote_code", "data", "chat_template", "sample_prompts")
 FIRST = ("learning_rate", "1e-4, 2e-4")
@@ -40,8 +40,8 @@ def build() -> Sweep:
         gr.HTML(markup.note(ABOUT))
         for place, (name, values) in enumerate((FIRST, ("", "")), 1):
             with gr.Row(equal_height=True):
-                asked.append(gr.Dropdown(choices, value=name, label=f"Setting {place}", min_width=120, elem_id=f"sweep-setting-{place}"))
-                asked.append(gr.Textbox(values, label="Values", min_width=120, elem_id=f"sweep-values-{place}"))
+                asked.append(gr.Dropdown(choices, value=name, label=f"Setting {place}", min_width=170, elem_id=f"sweep-setting-{place}"))
+                asked.append(gr.Textbox(values, label="Values", max_lines=1, min_width=170, elem_id=f"sweep-values-{place}"))
         plan = gr.HTML(elem_id="sweep-plan")
         add = gr.Button("Add the sweep to the queue", size="sm", elem_id="sweep-add")
     return Sweep(asked=asked, plan=plan, add=add)
@@ -112,7 +112,7 @@ def best_loss(run: Shown) -> float:
 
 
 def results(runs: Sequence[Shown]) -> str:
-    """The settings that differ against the best held-out loss, of which the best is marked. The runs come best first."""
+    """The settings that differ against the best held-out loss, of which the best is marked, and the curves. The runs come best first."""
     different = different_settings(runs)
     head = "".join(f'<th scope="col">{title}</th>' for title in [*map(label, different), "Best held-out loss", "At step", "State"])
     body = []
@@ -128,4 +128,5 @@ def results(runs: Sequence[Shown]) -> str:
     return (
         '<div class="scroll sweep-results" tabindex="0" role="region" aria-label="The sweep\'s runs, best first"><table>'
         f'<thead><tr><th scope="col">Run</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        f"{picture(runs[:MOST_RUNS])}"
     )
