@@ -48,8 +48,10 @@ def test_queued_runs_train_in_their_order_without_a_click_and_a_sweep_opens_in_o
         add(page, 2, "In line as number 1. The queue is held: start it on the Runs tab.")
         add(page, 3, "In line as number 2.")
         page.locator("#sweep button").first.click()
-        page.locator("#sweep-values-1 :is(input, textarea)").fill("0.01, 0.02")
-        page.locator("#sweep-values-1 :is(input, textarea)").blur()
+        values = page.locator("#sweep-values-1 :is(input, textarea)")
+        expect(values).to_have_value("1e-4, 2e-4")
+        values.fill("0.01, 0.02")
+        values.blur()
         expect(page.locator("#sweep-plan")).to_contain_text("2 runs, 4 steps in all.")
         page.locator("#sweep-add").scroll_into_view_if_needed()
         looked_at(page, tmp_path, "sweep")
@@ -93,4 +95,4 @@ def test_queued_runs_train_in_their_order_without_a_click_and_a_sweep_opens_in_o
         assert page.faults == []  # type: ignore[attr-defined]
     _, *trained = reversed(tiny_workspace.all())
     assert [(run.config().adapter.lora_r, run.config().optimization.learning_rate) for run in trained] == [(2, 0.01), (3, 0.01), (3, 0.02)]
-    assert [run.name for run in trained] == ["rows", "learning-rate-0-01", "learning-rate-0-02"]
+    assert [run.name for run in trained] == ["rows-starter", "learning-rate-0-01", "learning-rate-0-02"]
