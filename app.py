@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--share", action="store_true", help="also open a public link through Gradio's relay")
     parser.add_argument("--home", help="the workspace folder (default: QLORA_UI_HOME, else ./workspace)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument("--run-queue", action="store_true", help="go on with the queue at once (else it is held until started on the page)")
     flags = parser.parse_args()
     try:
         workspace = Workspace.open(flags.home)
@@ -50,7 +51,8 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
     from qlora_ui.ui import app
 
     warm_up = services.WarmUp()
-    page = app.build(services.build(workspace, warm_up))
+    served = services.build(workspace, warm_up)
+    page = app.build(served)
     page.launch(
         server_name=flags.host,
         server_port=flags.port,
@@ -61,6 +63,8 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
         **app.launch_options(),
     )
     warm_up.start()
+    if flags.run_queue:
+        served.start_queue()
     try:
         while True:
             time.sleep(3600)

@@ -78,9 +78,10 @@ class QueueRunner:
         """Wait until the device is free again. Whoever paused a run wants the device: then nothing more begins."""
         while not self._device_is_free(self._look_seconds):
             pass
-        last = run.last_word() if run is not None and run.is_there() else None
-        if run is not None and isinstance(last, Paused) and not last.reason:
-            self.queue.hold(f"Held, because {run.name} was paused. Start the queue to go on with the next.")
+        with contextlib.suppress(FileNotFoundError):  # discarded
+            last = run.last_word() if run is not None else None
+            if run is not None and isinstance(last, Paused) and not last.reason:
+                self.queue.hold(f"Held, because {run.name} was paused. Start the queue to go on with the next.")
 
     def _device_is_free(self, seconds: float = 0.0) -> bool:
         """Whether nobody trains, waiting so long for it."""

@@ -196,7 +196,7 @@ class Queue:
 
     def stamp(self) -> str:
         """Another text when anything has changed: the cheap question of a page."""
-        return f"{self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0} {self.is_going()}"
+        return f"{self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0} {self.is_worked_through()}"
 
     # On disk ----------------------------------------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ def axes(scale: Scale) -> Iterator[str]:
     """Faint lines and their numbers."""
     for loss in ticks(scale.low, scale.high):
         yield f'<i class="loss" style="top:{scale.y(loss):.2f}%"><b>{loss:g}</b></i>'
-    for step in ticks(0, scale.last_step):
+    for step in filter(float.is_integer, ticks(0, scale.last_step)):
         yield f'<i class="step" style="left:{scale.x(step):.2f}%"><b>{step:,.0f}</b></i>'
 
 

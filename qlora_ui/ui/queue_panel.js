@@ -59,18 +59,23 @@ function waiting({ id, title, about, trouble }, place, count) {
 function sweep({ name, runs, said }) {
   const item = made("p", "sweep");
   item.append(made("b", "", `Sweep ${name}`), made("span", "quiet", said));
-  item.append(button("Compare its runs", `Compare the runs of ${name}`, `sweep ${name}`, () => window.chooseRuns?.(runs)));
+  item.append(button("Compare its runs", `Compare the runs of ${name}`, `sweep ${name}`, () => show(runs)));
   return item;
 }
 
 function result({ run, title, state, said }) {
   const item = made("li", "");
-  const name = button(title, "", `run ${run}`, () => window.chooseRuns?.([run]));
+  const name = button(title, "", `run ${run}`, () => show([run]));
   const end = made("span", "state", said);
   end.dataset.state = state;
   item.dataset.run = run;
   item.append(name, end);
   return item;
+}
+
+function show(runs) {
+  window.chooseRuns?.(runs);
+  document.querySelector("#runs-shown")?.scrollIntoView({ behavior: "smooth" });
 }
 
 function made(tag, className, text = "") {
