@@ -62,11 +62,8 @@ class Queue:
 
     @staticmethod
     def of(workspace: Workspace) -> Queue:
-        """The workspace's queue; its folder is made when missing."""
-        folder = workspace.root / "queue"
-        with telling_trouble(workspace.root, THEN):
-            folder.mkdir(exist_ok=True)
-        return Queue(folder=folder)
+        """The workspace's queue. A look at it makes no folder; whatever changes it does."""
+        return Queue(folder=workspace.root / "queue")
 
     # The line ---------------------------------------------------------------------------------------------------------------
 
@@ -147,7 +144,7 @@ class Queue:
     def going(self) -> Iterator[None]:
         """Work through it: one process at a time. Raises Busy when another does."""
         try:
-            with telling_trouble(self.folder, THEN):
+            with self._writing():
                 lock = self._lock().acquire(timeout=STARTING_SECONDS).lock
         except Timeout:
             raise Busy("The queue is being worked through already, by an app or a terminal. Look at its runs, or hold it first.") from None
@@ -172,7 +169,7 @@ class Queue:
 
     def hold(self, reason: str = "") -> None:
         """Begin with nothing more. What trains goes on. Raises UserError when that cannot be written."""
-        with telling_trouble(self.folder, THEN):
+        with self._writing():
             self._held.write_text(reason, "utf-8")
 
     def let_go(self) -> None:
@@ -211,10 +208,17 @@ class Queue:
         return lock_file(self.folder / "queue.lock", THEN)
 
     @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """In a folder that is there. Raises UserError for the trouble of its disk."""
+        with telling_trouble(self.folder.parent, THEN):
+            self.folder.mkdir(exist_ok=True)
+            yield
+
+    @contextlib.contextmanager
     def _editing(self) -> Iterator[None]:
         """One change at a time, whoever makes it."""
         try:
-            with telling_trouble(self.folder, THEN), lock_file(self.folder / "edit.lock", THEN).acquire(timeout=EDITING_SECONDS):
+            with self._writing(), lock_file(self.folder / "edit.lock", THEN).acquire(timeout=EDITING_SECONDS):
                 yield
         except Timeout:
             raise Busy("Somebody else is changing the queue. Try again in a moment.") from None
