@@ -212,6 +212,7 @@ class Queue:
         """In a folder that is there. Raises UserError for the trouble of its disk."""
         with telling_trouble(self.folder.parent, THEN):
             self.folder.mkdir(exist_ok=True)
+        with telling_trouble(self.folder, THEN):
             yield
 
     @contextlib.contextmanager
