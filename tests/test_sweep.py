@@ -9,7 +9,7 @@ import pytest
 import tiny
 from test_runs_tab import ATTACK, past_run
 
-from qlora_ui import services, sweeping
+from qlora_ui import presets, services, sweeping
 from qlora_ui.cli import main
 from qlora_ui.errors import UserError
 from qlora_ui.inspection import Inspector
@@ -142,6 +142,9 @@ def test_the_panel_says_what_waits_what_was_trained_and_which_sweeps_there_are(p
     assert [entry["about"] for entry in state["entries"]] == ["tiny · rows.json · 4 steps", "tiny · rows.json · 1 epoch"]
     assert state["ended"] == [{"run": run.id, "title": run.name, "state": "finished", "said": "Finished: 20 steps, adapter saved"}]
     assert state["sweeps"] == [{"name": "today lora_r", "runs": [run.id], "said": "1 of 2 begun"}]
+    own = presets.load("starter").config.with_values({"lora_r": 5, "learning_rate": 1e-3})
+    assert queue_panel.changes(own) == ["LoRA rank 5", "Learning rate 1e-3"]
+    assert queue_panel.changes(own.with_values({"seed": 1, "packing": "off", "lora_bias": "all"}))[3:] == ["2 more settings of its own"]
     assert queue_panel.act(page, "up", second.id) == queue_panel.act(page, "nonsense", first.id) == ""
     assert [entry["id"] for entry in queue_panel.state(page)["entries"]] == [second.id, first.id]
     page.queue.hold("Held, because of X.")

@@ -9,7 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_ui import jobs
+from qlora_ui import jobs, presets, sweeping
+from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
 from qlora_ui.errors import UserError
 from qlora_ui.overview import RunRow
@@ -18,7 +19,8 @@ from qlora_ui.services import Services
 from qlora_ui.ui import form, markup
 
 SCRIPT = Path(__file__).with_name("queue_panel.js")
-MOST_ENDED, MOST_SWEEPS = 5, 5
+MOST_ENDED, MOST_SWEEPS, MOST_CHANGES = 5, 5, 3
+ALREADY_SAID = ("model", "data", "max_steps", "num_train_epochs")
 TEMPLATE = """
 <section aria-label="Queue"><header><h3>Queue</h3><span class="state-of-queue" aria-live="polite"></span>
 <button type="button" class="start">Start the queue</button><button type="button" class="hold">Hold the queue</button></header>
@@ -89,9 +91,20 @@ def described(entry: Entry) -> dict[str, Any]:
         o = config.optimization
         length = f"{o.max_steps:,} steps" if o.max_steps else f"{o.num_train_epochs:g} epoch{'' if o.num_train_epochs == 1 else 's'}"
         alone = ["in a process of its own"] if entry.isolated else []
-        about = " · ".join([config.model.model.rpartition("/")[2], sources.shown(config.data.data), length, *alone])
+        about = " · ".join([config.model.model.rpartition("/")[2], sources.shown(config.data.data), length, *changes(config), *alone])
     title = entry.name or (jobs.run_name(config) if config else entry.id)
     return {"id": entry.id, "title": title, "about": about, "trouble": entry.trouble}
+
+
+def changes(config: RunConfig) -> list[str]:
+    """The first few settings that are not as the preset has them, by which one entry is told from another."""
+    if config.preset not in presets.names():
+        return []
+    told = presets.load(config.preset).config.values()
+    changed = [name for name, value in config.values().items() if value != told[name] and name not in ALREADY_SAID]
+    more = [f"{len(changed) - MOST_CHANGES} more settings of its own"] if len(changed) > MOST_CHANGES + 1 else []
+    shown = changed[:MOST_CHANGES] if more else changed
+    return [f"{KNOBS[name].label} {sweeping.shown(config.values()[name]) or 'none'}"[:60] for name in shown] + more
 
 
 def ended(services: Services, row: RunRow) -> dict[str, str]:
