@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--demo", metavar="RUN_OR_ADAPTER", default=os.environ.get("QLORA_UI_DEMO"), help=demo)
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument("--api", action="store_true", help="also answer OpenAI's clients at /v1, for whoever has the key")
+    parser.add_argument("--run-queue", action="store_true", help="go on with the queue at once (else it is held until started on the page)")
     flags = parser.parse_args()
     try:
         workspace = Workspace.open(flags.home)
@@ -62,8 +63,11 @@ def serve(flags: argparse.Namespace, workspace: Workspace) -> None:
     from qlora_ui import services
 
     warm_up = services.WarmUp()
-    page = launch(flags, services.build(workspace, warm_up))
+    made = services.build(workspace, warm_up)
+    page = launch(flags, made)
     warm_up.start()
+    if flags.run_queue:
+        made.start_queue()
     try:
         while True:
             time.sleep(3600)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_ui import adapters, export_cli, plan_cli, presets, speakers
+from qlora_ui import adapters, export_cli, plan_cli, presets, queue_cli, speakers
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, reasons, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     plan_cli.add_arguments(plan)
     plan.set_defaults(command=plan_command)
     export_cli.add_parser(commands)
+    queue_cli.add_parsers(commands, read_config, follow)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)
@@ -265,6 +266,7 @@ def in_the_foreground(work: Callable[[OnStart], Run], as_json: bool) -> int:
 
 def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None:
     """Print a run's events after `offset` bytes as they are written, until it has ended and all are printed."""
+    stdout = sys.stdout  # which is another while a tracker chats
     while True:
         last_look = ended.wait(0.2)
         try:
@@ -274,7 +276,7 @@ def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None
         for event in events:
             line = encode(event) if as_json else describe(event)
             if line:
-                print(line, flush=True)
+                print(line, file=stdout, flush=True)
         if last_look:
             return
 

@@ -82,8 +82,10 @@ class Workspace:
         """Whether a training, or somebody else, has the device."""
         return self.is_lent() or self.live() is not None
 
-    def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> tuple[Run, FileLock]:
-        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-].
+    def create(
+        self, config: RunConfig, name: str, versions: Mapping[str, str], facts: Mapping[str, Any] | None = None
+    ) -> tuple[Run, FileLock]:
+        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-]; `facts` say where the run comes from.
 
         The run's lock is held on return, and was before the config made the folder a run: nobody can find it orphaned.
         """
@@ -92,7 +94,7 @@ class Workspace:
         try:
             lock.acquire(timeout=0)
             run.events_path.touch()
-            write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+            write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time(), **(facts or {})})
         except BaseException:  # a full disk, say: what is no run must not stay
             lock.release()
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -201,7 +203,7 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Add what was only learned later (model revision, data fingerprint) to the written config."""
-        write_json(self.config_path, {**json.loads(self.config_path.read_text("utf-8")), **facts})
+        write_json(self.config_path, {**json.loads(self.config_path.read_text("utf-8")), **(facts or {})})
 
     def facts(self) -> dict[str, Any]:
         """The whole of `config.json`."""
@@ -293,8 +295,13 @@ class Run:
         return [event for event in events if event is not None], offset + len(whole)
 
     def state(self) -> State:
-        """What the run is in. An end is the last thing a run says, so that the tail of the events tells."""
-        return next((event.state for event in reversed(self._tail()) if event.state is not None), "running")
+        """What the run is in."""
+        last = self.last_word()
+        return "running" if last is None or last.state is None else last.state
+
+    def last_word(self) -> Event | None:
+        """The newest event that says what the run is in. An end is the last thing a run says, so that the tail of the events tells."""
+        return next((event for event in reversed(self._tail()) if event.state is not None), None)
 
     def last_step(self) -> int:
         """Number of optimizer steps done, and not undone by going on from an earlier checkpoint."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from qlora_ui import checkpoints, isolation, presets, snapshots
+from qlora_ui import checkpoints, isolation, presets, queue_runner, snapshots
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
 from qlora_ui.disk import telling_trouble
@@ -28,6 +28,7 @@ from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
 from qlora_ui.overview import Overview
 from qlora_ui.progress import Progress, duration
+from qlora_ui.queueing import Entry, Queue
 from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
 from qlora_ui.talking import Chat, EngineChat
@@ -111,7 +112,16 @@ class Services:
                 raise UserError(seen.problem, field="max_seq_len")
 
     def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
-        """Start a training asked for by a page: its paths lie inside the workspace, its code is the owner's choice. Raises UserError."""
+        """Start a training asked for by a page. Raises UserError."""
+        self.check_start(config)
+        if self.workspace.live() is None and not self.workspace.is_lent():
+            _wait_for(self.workspace.lease())
+        run = self.jobs.start(config, isolated=isolated)
+        self._isolated[run.id] = isolated
+        return run
+
+    def check_start(self, config: RunConfig) -> None:
+        """Raise UserError for what a page may not start: its paths lie inside the workspace, its code is the owner's choice."""
         sources.check(config.data.data, self.workspace.root)
         if self._is_elsewhere(config.model.model):
             raise UserError(
@@ -124,10 +134,33 @@ class Services:
                 "--set trust_remote_code=true, or write a preset file for it.",
                 field="trust_remote_code",
             )
-        if self.workspace.live() is None and not self.workspace.is_lent():
-            _wait_for(self.workspace.lease())
-        run = self.jobs.start(config, isolated=isolated)
-        self._isolated[run.id] = isolated
+
+    def line_up(self, entries: Sequence[Entry]) -> int:
+        """Put trainings that a page asks for at the end of the queue; all of them or none. Returns how many wait then.
+
+        Raises UserError for one that surely could not begin.
+        """
+        for entry in entries:
+            assert entry.config is not None
+            self.check_start(entry.config)
+            queue_runner.check(self.workspace, entry.config, entry.isolated)
+            self.check_data(entry.config)
+        self.queue.add(entries)
+        return len(self.queue.entries())
+
+    @property
+    def queue(self) -> Queue:
+        """The trainings that wait."""
+        return Queue.of(self.workspace)
+
+    def start_queue(self) -> None:
+        """Work through the queue from now on, in a thread of this app, until it is held."""
+        queue_runner.QueueRunner(self.workspace, self._begin).start()
+
+    def _begin(self, entry: Entry) -> Run:
+        assert entry.config is not None
+        run = self.jobs.start(entry.config, isolated=entry.isolated, name=entry.name, facts=entry.facts())
+        self._isolated[run.id] = entry.isolated
         return run
 
     def resume(self, run: Run, changes: Mapping[str, Any] | None = None, *, isolated: bool = False) -> None:

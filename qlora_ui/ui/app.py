@@ -24,10 +24,12 @@ from qlora_ui.ui import (
     live,
     markup,
     planner,
+    queue_panel,
     run_bar,
     runs_tab,
     scripting,
     settings_file,
+    sweep,
     theme,
     train_tab,
 )
@@ -121,6 +123,9 @@ def wire(
 
     started = partial(train_tab.start, services, names)
     train.start.click(started, kept, [train.message, *fields], **QUIET).then(**look)
+    lined_up = train.line_up.click(partial(queue_panel.add, services, names), kept, [train.message, *fields], **QUIET)
+    lined_up.then(None, None, None, js=queue_panel.CHANGED)
+    sweep.wire(services, train.swept, names, kept, QUIET)
     run_bar.wire(services, bar, train.isolated, look, QUIET)
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
     for button, run in ((bar.chat, bar.run), (runs.chat, runs.one)):

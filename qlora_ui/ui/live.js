@@ -40,6 +40,7 @@ function take({ version, run, redraw, parts, log, curve: points }, asked) {
   if (redraw && redraw !== props.value) {
     props.value = redraw;
     window.runsChanged?.();
+    window.queueChanged?.();
   }
 }
 

@@ -51,7 +51,7 @@ class News:
         changed = [str(folder.stat().st_mtime_ns) if folder.is_dir() else "no folder" for folder in seen]
         job = self._services.exporting.job
         export = f"{job.stand} {job.asked_to_end}" if job else "no export"
-        return " ".join([*parts, known, export, *changed])
+        return " ".join([*parts, known, export, *changed, self._services.queue.stamp()])
 
     def wait_seconds(self, page: str) -> float:
         """After how long a page is to ask again: a second, or longer where so many are open that answers would slow a training down."""
