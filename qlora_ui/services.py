@@ -26,6 +26,7 @@ from qlora_ui.events import Event, State
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
 from qlora_ui.overview import Overview
+from qlora_ui.probing import Probes
 from qlora_ui.progress import Progress, duration
 from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
@@ -137,6 +138,7 @@ class Services:
     watch: Watch
     overview: Overview
     inspector: Inspector
+    probes: Probes
     hardware: Callable[[], Hardware | None]
     restart: Callable[[], None] = restart_process
     _isolated: dict[str, bool] = field(default_factory=dict, init=False)
@@ -150,8 +152,8 @@ class Services:
             if seen is not None and seen.problem:
                 raise UserError(seen.problem, field="max_seq_len")
 
-    def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
-        """Start a training asked for by a page: its paths lie inside the workspace, its code is the owner's choice. Raises UserError."""
+    def check_asked(self, config: RunConfig) -> None:
+        """What a page asks for: its paths lie inside the workspace, its code is the owner's choice. Raises UserError."""
         sources.check(config.data.data, self.workspace.root)
         if self._is_elsewhere(config.model.model):
             raise UserError(
@@ -164,6 +166,25 @@ class Services:
                 "--set trust_remote_code=true, or write a preset file for it.",
                 field="trust_remote_code",
             )
+
+    def measure(self, config: RunConfig) -> None:
+        """Begin to measure a step of a run like this. What is in its way is told as the probes' trouble."""
+        try:
+            self.check_asked(config)
+            self.check_data(config)
+            self.probes.begin(config)
+        except UserError as error:
+            self.probes.fail(config, str(error))
+
+    def check_free(self) -> None:
+        """Raise UserError while a step is measured."""
+        if self.probes.doing:
+            raise UserError("A step is being measured and has the device. Wait some seconds for its end, or cancel it.")
+
+    def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
+        """Start a training asked for by a page. Raises UserError when it may not."""
+        self.check_asked(config)
+        self.check_free()
         if self.workspace.live() is None:
             _wait_for(self.workspace.lease())
         run = self.jobs.start(config, isolated=isolated)
@@ -175,6 +196,7 @@ class Services:
         live = self.workspace.live()
         if live == run and not changes:
             return
+        self.check_free()
         if live is None:
             _wait_for(run.lock(), self.workspace.lease())
             with telling_trouble(run.folder):
@@ -308,6 +330,7 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
         watch=watch,
         overview=Overview(workspace, watch.progress),
         inspector=Inspector(workspace, workspace.root),
+        probes=Probes(workspace, make_room=chat.release),
         hardware=warm_up.hardware,
     )
 

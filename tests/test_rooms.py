@@ -24,9 +24,11 @@ ROOMS = (
     "events",
     "disk",
     "runs",
+    "command_line",
     "checkpoints",
     "exports",
     "curves",
+    "answers",
     "progress",
     "hints",
     "snapshots",
@@ -44,14 +46,15 @@ ROOMS = (
     "worker",
     "isolation",
     "jobs",
+    "probing",
     "services",
-    "plan_cli",
     "export_cli",
+    "plan_cli",
     "cli",
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "knobs", "config", "events", "curves", "answers", "progress", "hints", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 
