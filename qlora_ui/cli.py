@@ -201,8 +201,9 @@ def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped
 
 def plan_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Print what memory a run would take."""
-    config = plan_cli.read_config(arguments.preset, arguments.model, settings(arguments))
-    return plan_cli.plan(config, workspace, arguments.gpu, arguments.json)
+    data = {} if arguments.data is None else {"data": arguments.data}
+    config = plan_cli.read_config(arguments.preset, arguments.model, {**data, **settings(arguments)})
+    return plan_cli.plan(config, workspace, arguments.gpu, arguments.probe, arguments.json)
 
 
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:

@@ -27,10 +27,12 @@ ROOMS = (
     "disk",
     "runs",
     "queueing",
+    "command_line",
     "checkpoints",
     "exports",
     "exported",
     "curves",
+    "answers",
     "progress",
     "hints",
     "snapshots",
@@ -53,6 +55,7 @@ ROOMS = (
     "isolation",
     "jobs",
     "queue_runner",
+    "probing",
     "exporting",
     "adapters",
     "talking",
@@ -60,14 +63,14 @@ ROOMS = (
     "services",
     "completions",
     "openai_api",
-    "plan_cli",
     "export_cli",
+    "plan_cli",
     "queue_cli",
     "cli",
     "ui",
     "app",
 )
-STANDARD_LIBRARY_ONLY = {"errors", "stopping", "turns", "knobs", "config", "events", "curves", "progress", "hints", "memory"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "turns", "knobs", "config", "events", "curves", "answers", "progress", "hints", "memory"}
 TRAINING_STACK = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 FILES = sorted([*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("app.py")])
 

@@ -77,7 +77,7 @@ class News:
             return {}
         gone = "" if runs.is_dir() else trouble_with_disk(runs, then="start again")
         log = {"start": 0, "count": -1, "lines": [markup.NO_LOG]}
-        return {"version": now, "run": "", "redraw": now, "parts": self._parts(now, None, gone), "log": log}
+        return {"version": now, "run": "", "redraw": now, "parts": self._parts(now, None, gone), "log": log, "answers": 0}
 
     def _of(self, run: Run, version: str, run_id: str, log_count: int, curve: list[Any] | None, stand: Stand) -> dict[str, Any]:
         progress = stand.progress
@@ -86,14 +86,15 @@ class News:
         now = f"{key} {stand.offset} {job.version if job else 0}"
         if not stand.up_to_date:  # what is known so far may be long over
             parts = {"status-line": markup.reading(run.name, stand.offset / max(1, run.size()))}
-            return {"version": now, "run": "", "redraw": "", "parts": parts, "log": {"start": 0, "count": 0, "lines": []}, "behind": True}
+            log = {"start": 0, "count": 0, "lines": []}
+            return {"version": now, "run": "", "redraw": "", "parts": parts, "log": log, "answers": 0, "behind": True}
         if now == version:
             return {}
         known = log_count if run_id == run.id and 0 <= log_count <= progress.logged else 0
         start = max(known, progress.logged - len(progress.log))
         log = {"start": start, "count": progress.logged, "lines": list(progress.log)[len(progress.log) - (progress.logged - start) :]}
         parts = self._parts(now, progress, self._services.silence(run, progress.state), max_grad_norm(run))
-        answer = {"version": now, "run": run.id, "redraw": key, "parts": parts, "log": log}
+        answer = {"version": now, "run": run.id, "redraw": key, "parts": parts, "log": log, "answers": progress.answers.serial}
         if curve and curve[0] == run.id:
             answer["curve"] = asdict(progress.curves_since(*(max(0, int(number)) for number in curve[1:])))
         return answer
