@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qlora_ui.ui import conversations
+from qlora_ui import services
+from qlora_ui.runs import Workspace
+from qlora_ui.ui import chat_tab, conversations
 from qlora_ui.ui.conversations import NEW, Kept
 
 
@@ -61,6 +63,12 @@ def test_parts_of_a_turn_are_its_words_and_a_title_is_short() -> None:
     all_of = conversations.keep({}, NEW, "x", parts, [])
     assert all_of["all"][0]["tuned"][0]["content"].startswith("How are you?")
     assert len(conversations.choices(all_of)[1][0]) <= 48
+
+
+def test_a_conversation_whose_speaker_is_gone_says_so(workspace: Workspace) -> None:
+    _, tuned, _, note, *_ = chat_tab.restored(services.build(workspace, services.WarmUp()), kept("one"))
+    assert tuned == turns("one", "yes")
+    assert "to one, with whom this conversation was, is not here any more." in note
 
 
 def test_the_files_hold_who_said_what() -> None:
