@@ -7,8 +7,9 @@ import contextlib
 import json
 import random
 import re
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +142,33 @@ async def people(app: Served, count: int) -> AsyncIterator[list[Person]]:
         found = [Person(client, config, f"person{number}") for number in range(count)]
         await asyncio.gather(*(person.open() for person in found))
         yield found
+
+
+@contextlib.contextmanager
+def waiting_in_line(app: Served, asked: list[dict[str, Any]]) -> Iterator[None]:
+    """Meanwhile people ask this, one after the other is in the line, and then they are all gone."""
+    there, over = threading.Event(), threading.Event()
+
+    async def play() -> None:
+        async with people(app, len(asked)) as found:
+            tasks = []
+            for person, given in zip(found, asked, strict=True):
+                tasks.append(asyncio.create_task(person.ask(given)))
+                await asyncio.sleep(0.5)
+            there.set()
+            await asyncio.to_thread(over.wait)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    thread = threading.Thread(target=lambda: asyncio.run(play()), daemon=True)
+    thread.start()
+    assert there.wait(timeout=60)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 async def crowd(app: Served, speaker: str, count: int, seconds: float, seed: int, max_new_tokens: int = 32) -> list[Heard]:
