@@ -18,7 +18,7 @@ from qlora_ui import checkpoints, speakers
 from qlora_ui.disk import telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event
-from qlora_ui.exports import megabytes
+from qlora_ui.exports import size_words
 from qlora_ui.runs import Workspace, write_json
 from qlora_ui.speakers import Speaker
 
@@ -76,7 +76,7 @@ def _members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
             raise _refusal(f"{path.name} holds {member.filename!r}, which is a link")
     unpacked, packed = sum(member.file_size for member in members), path.stat().st_size
     if len(members) > MOST_FILES or unpacked > MOST_TIMES * packed + LITTLE_BYTES:
-        raise _refusal(f"{path.name} has {megabytes(packed)}, but would become {megabytes(unpacked)} in {len(members):,} files")
+        raise _refusal(f"{path.name} has {size_words(packed)}, but would become {size_words(unpacked)} in {len(members):,} files")
     configs = [PurePosixPath(member.filename) for member in members if PurePosixPath(member.filename).name == CONFIG]
     if len(configs) != 1:
         raise _refusal(f"{path.name} holds {len(configs)} files named {CONFIG}, and not one")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_ui import adapters, export_cli, plan_cli, presets, speakers
+from qlora_ui import adapters, export_cli, plan_cli, presets, queue_cli, speakers
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, reasons, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     plan_cli.add_arguments(plan)
     plan.set_defaults(command=plan_command)
     export_cli.add_parser(commands)
+    queue_cli.add_parsers(commands, read_config, follow)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)
@@ -200,8 +201,9 @@ def data_words(report: Report, lengths: LengthReport, left_out: Sequence[Dropped
 
 def plan_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Print what memory a run would take."""
-    config = plan_cli.read_config(arguments.preset, arguments.model, settings(arguments))
-    return plan_cli.plan(config, workspace, arguments.gpu, arguments.json)
+    data = {} if arguments.data is None else {"data": arguments.data}
+    config = plan_cli.read_config(arguments.preset, arguments.model, {**data, **settings(arguments)})
+    return plan_cli.plan(config, workspace, arguments.gpu, arguments.probe, arguments.json)
 
 
 def train_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
@@ -265,6 +267,7 @@ def in_the_foreground(work: Callable[[OnStart], Run], as_json: bool) -> int:
 
 def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None:
     """Print a run's events after `offset` bytes as they are written, until it has ended and all are printed."""
+    stdout = sys.stdout  # which is another while a tracker chats
     while True:
         last_look = ended.wait(0.2)
         try:
@@ -274,7 +277,7 @@ def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None
         for event in events:
             line = encode(event) if as_json else describe(event)
             if line:
-                print(line, flush=True)
+                print(line, file=stdout, flush=True)
         if last_look:
             return
 
@@ -294,12 +297,20 @@ def chat_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     asked = [(speaker.base if arguments.base else speaker, [Message(role="user", content=arguments.prompt)])]
     printed, noted = "", ""
     for answers in EngineChat(workspace).reply(asked, sampling):
-        if answers.note not in ("", noted):
-            print(answers.note, file=sys.stderr)
+        if answers.note != noted:
+            print_aside(answers.note)
         print(answers.texts[0][len(printed) :], end="", flush=True)
         printed, noted = answers.texts[0], answers.note
     print()
     return 0
+
+
+def print_aside(note: str) -> None:
+    """What is waited for, in one line of a terminal that comes and goes; without a terminal, how far it is is not told."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{note}", end="" if note.endswith("…") or "… " in note or not note else "\n", file=sys.stderr, flush=True)
+    elif note and "… " not in note:
+        print(note, file=sys.stderr)
 
 
 def chat_speaker(arguments: argparse.Namespace, workspace: Workspace) -> Speaker:

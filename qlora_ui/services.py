@@ -10,26 +10,30 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from qlora_ui import checkpoints, isolation, presets, snapshots
+from qlora_ui import checkpoints, isolation, presets, queue_runner, snapshots
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
 from qlora_ui.disk import telling_trouble
-from qlora_ui.errors import UserError
+from qlora_ui.errors import Busy, UserError
 from qlora_ui.events import State
+from qlora_ui.exporting import Exporting
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
 from qlora_ui.overview import Overview
+from qlora_ui.probing import Probes
 from qlora_ui.progress import Progress, duration
+from qlora_ui.queueing import Entry, Queue
 from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
 from qlora_ui.talking import Chat, EngineChat
+from qlora_ui.votes import Votes
 
 if TYPE_CHECKING:
     from qlora_ui.engine.hardware import Hardware
@@ -84,10 +88,13 @@ class Services:
 
     workspace: Workspace
     jobs: Jobs
+    exporting: Exporting
     chat: Chat
+    votes: Votes
     watch: Watch
     overview: Overview
     inspector: Inspector
+    probes: Probes
     hardware: Callable[[], Hardware | None]
     restart: Callable[[], None] = restart_process
     is_public: bool = False
@@ -107,7 +114,17 @@ class Services:
                 raise UserError(seen.problem, field="max_seq_len")
 
     def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
-        """Start a training asked for by a page: its paths lie inside the workspace, its code is the owner's choice. Raises UserError."""
+        """Start a training asked for by a page. Raises UserError when it may not."""
+        self.check_start(config)
+        self.check_free()
+        if self.workspace.live() is None and not self.workspace.is_lent():
+            _wait_for(self.workspace.lease())
+        run = self.jobs.start(config, isolated=isolated)
+        self._isolated[run.id] = isolated
+        return run
+
+    def check_start(self, config: RunConfig) -> None:
+        """Raise UserError for what a page may not start: its paths lie inside the workspace, its code is the owner's choice."""
         sources.check(config.data.data, self.workspace.root)
         if self._is_elsewhere(config.model.model):
             raise UserError(
@@ -120,10 +137,48 @@ class Services:
                 "--set trust_remote_code=true, or write a preset file for it.",
                 field="trust_remote_code",
             )
-        if self.workspace.live() is None:
-            _wait_for(self.workspace.lease())
-        run = self.jobs.start(config, isolated=isolated)
-        self._isolated[run.id] = isolated
+
+    def measure(self, config: RunConfig) -> None:
+        """Begin to measure a step of a run like this. What is in its way is told as the probes' trouble."""
+        try:
+            self.check_start(config)
+            self.check_data(config)
+            self.probes.begin(config)
+        except UserError as error:
+            self.probes.fail(config, str(error))
+
+    def check_free(self) -> None:
+        """Raise Busy while a step is measured."""
+        if self.probes.doing:
+            raise Busy("A step is being measured and has the device. Wait some seconds for its end, or cancel it.")
+
+    def line_up(self, entries: Sequence[Entry]) -> int:
+        """Put trainings that a page asks for at the end of the queue; all of them or none. Returns how many wait then.
+
+        Raises UserError for one that surely could not begin.
+        """
+        for entry in entries:
+            assert entry.config is not None
+            self.check_start(entry.config)
+            queue_runner.check(self.workspace, entry.config, entry.isolated)
+            self.check_data(entry.config)
+        self.queue.add(entries)
+        return len(self.queue.entries())
+
+    @property
+    def queue(self) -> Queue:
+        """The trainings that wait."""
+        return Queue.of(self.workspace)
+
+    def start_queue(self) -> None:
+        """Work through the queue from now on, in a thread of this app, until it is held."""
+        queue_runner.QueueRunner(self.workspace, self._begin).start()
+
+    def _begin(self, entry: Entry) -> Run:
+        assert entry.config is not None
+        self.check_free()
+        run = self.jobs.start(entry.config, isolated=entry.isolated, name=entry.name, facts=entry.facts())
+        self._isolated[run.id] = entry.isolated
         return run
 
     def resume(self, run: Run, changes: Mapping[str, Any] | None = None, *, isolated: bool = False) -> None:
@@ -131,7 +186,8 @@ class Services:
         live = self.workspace.live()
         if live == run and not changes:
             return
-        if live is None:
+        self.check_free()
+        if live is None and not self.workspace.is_lent():
             _wait_for(run.lock(), self.workspace.lease())
             with telling_trouble(run.folder):
                 run.beat()  # its last sign of life is as old as its rest
@@ -260,10 +316,13 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
     return Services(
         workspace=workspace,
         jobs=jobs,
+        exporting=Exporting(workspace, jobs, make_room=chat.release),
         chat=chat,
+        votes=Votes(workspace.root),
         watch=watch,
         overview=Overview(workspace, watch.progress),
         inspector=Inspector(workspace, workspace.root),
+        probes=Probes(workspace, make_room=chat.release),
         hardware=warm_up.hardware,
     )
 

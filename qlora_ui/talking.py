@@ -77,6 +77,8 @@ class EngineChat:
         live = self._workspace.live()
         if live is not None:
             raise UserError(f"{live.id} is training and needs the device. Chat when it has ended, or stop it.")
+        if self._workspace.is_lent():
+            raise UserError("An export needs the device. Chat when it has ended, or cancel it on the Export tab.")
         try:
             self._answer_all(sides, sampling, so_far, tell, lambda: should_stop() or self._wanted_back.is_set())
             trouble = None
@@ -87,7 +89,7 @@ class EngineChat:
         if trouble is not None:
             raise trouble
         if self._wanted_back.is_set():
-            raise UserError("The answer was cut off: a training was started and needs the device. Ask again when it has ended.")
+            raise UserError("The answer was cut off: something else needs the device. Ask again when it has ended.")
 
     def _answer_all(self, sides: Sequence[Side], sampling: Sampling, so_far: Answers, tell: Tell, should_stop: ShouldStop) -> None:
         """Those of one base after the other, those of the model in memory first."""

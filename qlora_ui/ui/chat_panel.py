@@ -65,16 +65,16 @@ def build(label: str) -> Panel:
     return Panel(wish=wish, tuned=tuned, base=base, note=note, text=text, send=send, stop=stop, clear=clear, settings=settings)
 
 
-def build_settings() -> list[Any]:
-    """The fields of the side, in the order in which `chat_turns.respond` takes them."""
+def build_settings(of: str = "chat") -> list[Any]:
+    """How answers are drawn, in the order in which `chat_turns.respond` takes it; `of` begins what the page calls the fields."""
     return [
-        gr.Textbox(label="System prompt", placeholder="Nothing is added", lines=2, elem_id="chat-system"),
+        gr.Textbox(label="System prompt", placeholder="Nothing is added", lines=2, elem_id=f"{of}-system"),
         gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", info="0: the likeliest token"),
         gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="Share drawn from"),
         gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: from all tokens"),
         gr.Slider(1, 2, 1, step=0.05, label="Repetition", info="1: no penalty"),
-        gr.Slider(1, 1024, 200, step=1, label="Max new tokens"),
-        gr.Number(0, precision=0, label="Seed", info="The same draws the same answer", elem_id="chat-seed"),
+        gr.Slider(1, 1024, 200, step=1, label="Max new tokens", elem_id=f"{of}-max-new-tokens"),
+        gr.Number(0, precision=0, label="Seed", info="The same draws the same answer", elem_id=f"{of}-seed"),
     ]
 
 
