@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
-from chatting import Heard, crowd, overtakings, people, waiting_in_line
+from chatting import crowd, overtakings, people, play, until, waiting_in_line
 from playwright.sync_api import Browser, expect
 from serving import Served, go, open_page, served
 from training import trained
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def app(run: Run) -> Iterator[Served]:
     with served(run.workspace.root) as running:
-        asyncio.run(crowd(running, run.id, count=1, seconds=0.1, seed=0))  # the libraries are imported, the model is loaded
+        play(crowd(running, run.id, count=1, seconds=0.1, seed=0))  # the libraries are imported, the model is loaded
         yield running
 
 
@@ -45,7 +45,7 @@ def question(run: Run, words: str, tokens: int) -> dict[str, Any]:
 
 
 def test_twenty_people_are_answered_in_turn_and_nobody_hears_another(app: Served, run: Run) -> None:
-    heard = asyncio.run(crowd(app, run.id, count=20, seconds=2, seed=1, max_new_tokens=8))
+    heard = play(crowd(app, run.id, count=20, seconds=2, seed=1, max_new_tokens=8))
     assert len({one.given["chat-input"].split(">")[0].split(".")[0] for one in heard if one.texts}) > 9
     assert [one for one in heard if not one.ended and not one.left] == []  # nobody waits for ever
     assert {place for one in heard for place in one.places} >= {1, 2, 5}
@@ -54,23 +54,25 @@ def test_twenty_people_are_answered_in_turn_and_nobody_hears_another(app: Served
 
 
 @pytest.mark.parametrize("when", ["answering", "waiting"])
-def test_a_page_that_goes_away_frees_the_device_within_a_second(app: Served, run: Run, when: str) -> None:
-    async def play() -> tuple[Heard, float]:
-        async with people(app, 3) as (first, leaving, last):
-            tasks = [asyncio.create_task(first.ask(question(run, "Go on for ever", LONG), patience=1.5, leaves=True))]
+def test_a_page_that_goes_away_frees_the_device_at_once(app: Served, run: Run, when: str) -> None:
+    async def scene() -> float:
+        async with people(app, 3) as (first, second, last):
+            there = [asyncio.create_task(first.ask(question(run, "Go on for ever", LONG)))]
+            await until(lambda: first.heard.began)
             if when == "waiting":
-                await asyncio.sleep(0.3)
-                tasks.append(asyncio.create_task(leaving.ask(question(run, "And I", LONG), patience=0.5, leaves=True)))
-            await asyncio.sleep(0.3)
+                there.append(asyncio.create_task(second.ask(question(run, "And I", LONG))))
+                await until(lambda: second.heard.places)
             asked = asyncio.create_task(last.ask(question(run, "Question 3", 4)))
-            await asyncio.gather(*tasks)
-            return await asked, time.perf_counter()
+            await until(lambda: last.heard.places)
+            for task in there:
+                task.cancel()
+            gone = time.perf_counter()
+            heard = await asked
+            assert heard.places[0] == len(there)
+            assert heard.began is not None
+            return heard.began - gone
 
-    heard, gone = asyncio.run(play())
-    assert heard.texts
-    assert max(heard.places) == (1 if when == "answering" else 2)
-    assert heard.began is not None
-    assert heard.began - gone < 1
+    assert play(scene()) < 2  # in which a tiny model does not say all; on an idle machine half a second
 
 
 @pytest.mark.browser
@@ -86,7 +88,7 @@ def test_the_page_says_how_many_are_before_and_stop_leaves_the_line(browser: Bro
         stop.click()
         expect(send).to_be_enabled()
         expect(note).not_to_contain_text("before you")
-        page.locator("#chat-input textarea").fill("Question 2")
+        expect(page.locator("#chat-input textarea")).to_have_value("Question 1")
         send.click()
         expect(note).to_contain_text("2 people are before you.")
     expect(note).to_contain_text("tokens/s")
