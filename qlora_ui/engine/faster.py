@@ -5,6 +5,8 @@ Knows nothing of runs or Gradio.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,20 @@ def use_quick_products(model: Any) -> None:
         block, (out_features, in_features) = layer.weight.quant_state.blocksize, layer.weight.quant_state.shape
         fits = out_features % 32 == 0 and in_features % block == 0  # else it breaks off
         layer.support_avx512bf16_for_cpu = has_avx512bf16() and fits and layer.compute_dtype == torch.bfloat16
+
+
+@contextlib.contextmanager
+def kept_packed(model: Any) -> Iterator[None]:
+    """Asked for its `state_dict`, as PEFT does when an adapter is loaded, a layer unpacks its weights for good. Packed again they are
+    not quite the same; so nothing is said of the packing meanwhile, and the 4-bit weights must not be read from that dict."""
+    packed = [layer.weight.quant_state for layer in four_bit(model) if getattr(layer.weight.quant_state, "packing_format_for_cpu", False)]
+    for state in packed:
+        state.packing_format_for_cpu = False
+    try:
+        yield
+    finally:
+        for state in packed:
+            state.packing_format_for_cpu = True
 
 
 def four_bit(model: Any) -> list[Any]:
