@@ -59,7 +59,7 @@ class QuantizationConfig(Part, section="quantization"):
     compute_dtype: str = knob(
         "auto",
         "Compute dtype",
-        "What weights are dequantized to for the matrix products. Auto looks at the hardware and logs why.",
+        "What weights are dequantized to for the matrix products. Paper: bfloat16. Auto looks at the hardware and logs why.",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     quant_storage: str = knob(
@@ -77,7 +77,7 @@ class AdapterConfig(Part, section="adapter"):
     lora_r: int = knob(
         16,
         "LoRA rank",
-        "Size of the adapter's bottleneck. The paper found quality independent of it; 8 to 64 is usual.",
+        "Size of the adapter's bottleneck. The paper used 64 and found quality independent of it; 8 to 64 is usual.",
         low=1,
         high=512,
         main=True,
@@ -93,7 +93,7 @@ class AdapterConfig(Part, section="adapter"):
         high=64,
     )
     lora_dropout: float = knob(
-        0.05, "LoRA dropout", "Share of the adapter's inputs zeroed while training. Paper: 0.1 for 7B, 0.05 above.", low=0, high=0.9
+        0.05, "LoRA dropout", "Share of the adapter's inputs zeroed while training. Paper: 0.1 up to 13B, 0.05 above.", low=0, high=0.9
     )
     lora_bias: str = knob(
         "none",
@@ -218,7 +218,13 @@ class DataConfig(Part, section="data"):
         main=True,
     )
     max_seq_len: int = knob(
-        512, "Max length", "What happens to longer rows is a setting. Memory grows with it.", unit="tokens", low=16, high=131072, main=True
+        512,
+        "Max length",
+        "Tokens of a row that are read; memory grows with it. The paper's OASST1 recipe: 512.",
+        unit="tokens",
+        low=16,
+        high=131072,
+        main=True,
     )
     long_rows: str = knob(
         "truncate",
@@ -280,10 +286,21 @@ class OptimizationConfig(Part, section="optimization"):
         2e-4, "Learning rate", "Peak step size. Paper: 0.0002 up to 13B, 0.0001 for 33B and 65B.", low=1e-8, high=1, main=True
     )
     num_train_epochs: float = knob(
-        1.0, "Epochs", "Passes over the training rows. Ignored when max steps is set.", low=0.01, high=1000, main=True
+        1.0,
+        "Epochs",
+        "Passes over the training rows. Ignored when max steps is set. After a few, rows are learned by heart.",
+        low=0.01,
+        high=1000,
+        main=True,
     )
     max_steps: int = knob(
-        0, "Max steps", "Optimizer steps to train for; 0 means by epochs.", unit="steps", low=0, high=10_000_000, main=True
+        0,
+        "Max steps",
+        "Optimizer steps to train for; 0 means by epochs. The paper's Guanaco: 1875.",
+        unit="steps",
+        low=0,
+        high=10_000_000,
+        main=True,
     )
     micro_batch_size: int = knob(
         4,
@@ -295,7 +312,12 @@ class OptimizationConfig(Part, section="optimization"):
         main=True,
     )
     gradient_accumulation_steps: int = knob(
-        4, "Accumulation", "Micro-batches per optimizer step. Effective batch = micro-batch x accumulation.", low=1, high=4096, main=True
+        4,
+        "Accumulation",
+        "Micro-batches per optimizer step. Effective batch = micro-batch x accumulation; paper: 16.",
+        low=1,
+        high=4096,
+        main=True,
     )
     lr_scheduler: str = knob(
         "constant",
@@ -312,7 +334,7 @@ class OptimizationConfig(Part, section="optimization"):
     optimizer: str = knob(
         "paged_adamw_32bit",
         "Optimizer",
-        "Paged AdamW moves its state to CPU memory when the GPU is short of it. On CPU nothing is paged.",
+        "Paged AdamW moves its state to CPU memory when the GPU is short of it: the paper's choice. On CPU nothing is paged.",
         choices=OPTIMIZERS,
     )
     loraplus_lr_ratio: float = knob(
@@ -326,7 +348,9 @@ class OptimizationConfig(Part, section="optimization"):
     adam_beta2: float = knob(0.999, "Adam beta2", "Memory of the squared gradients. Paper: 0.999.", low=0.5, high=0.99999)
     adam_epsilon: float = knob(1e-8, "Adam epsilon", "Keeps Adam from dividing by nearly nothing.", low=1e-12, high=0.1)
     max_grad_norm: float = knob(0.3, "Max gradient norm", "Larger gradients are scaled down to it. Paper: 0.3.", low=0.001, high=1000)
-    weight_decay: float = knob(0.0, "Weight decay", "Pull of the adapter towards zero at each step.", low=0, high=1)
+    weight_decay: float = knob(
+        0.0, "Weight decay", "Pull of the adapter towards zero at each step. The paper's recipe has none.", low=0, high=1
+    )
     neftune_noise_alpha: float = knob(
         0.0,
         "NEFTune noise",
@@ -342,7 +366,7 @@ class OptimizationConfig(Part, section="optimization"):
         choices=("pause", "go_back"),
     )
     group_by_length: bool = knob(
-        False, "Group by length", "Puts rows of like length into a batch: less padding, an order that is less random."
+        False, "Group by length", "Puts rows of like length into a batch, as the paper did: less padding, but the loss goes up and down."
     )
     packing: str = knob(
         "auto",
@@ -353,7 +377,7 @@ class OptimizationConfig(Part, section="optimization"):
     gradient_checkpointing: str = knob(
         "auto",
         "Gradient checkpointing",
-        "Recomputes activations in the backward pass: much less memory, about a third more time. Auto: when they would not fit.",
+        "Recomputes activations in the backward pass, as the paper: much less memory, a third more time. Auto: when they would not fit.",
         choices=("auto", "on", "off"),
     )
     seed: int = knob(42, "Seed", "Fixes data order, held-out rows, dropout and the adapter's start.", low=0, high=2**31 - 1)

@@ -128,6 +128,15 @@ class Jobs:
             with self._hold(run):
                 run.discard()
 
+    def lend(self, run: Run) -> Held:
+        """The device and a run, for whoever works with them without training. Raises UserError when somebody else has one of them."""
+        with telling_trouble(self.workspace.root, "try again"), self._lease() as held:
+            self._take(held, run)
+            loan = self.workspace.loan()
+            loan.acquire(timeout=1)  # whoever asks whether the device is lent may have it for a moment
+            held.take(loan)
+            return held.pop_all()
+
     def _in_background(self, run: Run, held: Held, work: Callable[[], None]) -> None:
         def holding() -> None:
             with held:
@@ -182,6 +191,8 @@ class Jobs:
                 held.take(self.workspace.lease())
             except Timeout:
                 live = self.workspace.live()
+                if live is None and self.workspace.is_lent():
+                    raise Busy("An export needs the device. Wait for its end, or cancel it on the Export tab.") from None
                 raise Busy(f"{live.id if live else 'Another run'} is training already. Stop it or wait for its end.") from None
             self.workspace.settle()
             return held.pop_all()

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qlora_ui.answers import Answers
 from qlora_ui.curves import Curve, CurveDelta, Point, highest, lowest
 from qlora_ui.events import (
     AdapterSaved,
@@ -54,6 +55,8 @@ EVENTS = ("phase_progress", "planned", "last", "best", "best_checkpoint", "failu
 MORE_CURVES = ("learning_rate", "grad_norm", "tokens_per_second", "memory_gib")
 """What every step says beside its loss."""
 CURVES = ("train", "held_out_curve", *MORE_CURVES)
+BY_STEP = (*CURVES, "answers")
+"""What is rewound when a run goes on from an earlier step."""
 QUEUES = ("log", "_step_seconds", "grad_norms")
 
 
@@ -77,6 +80,7 @@ class Progress:
         self.held_out_curve = Curve(300, lowest)
         self.learning_rate, self.tokens_per_second = Curve(200), Curve(200)
         self.grad_norm, self.memory_gib = Curve(200, highest), Curve(200, highest)
+        self.answers = Answers()
         self.grad_norms: deque[float] = deque(maxlen=100)
         self.held_out_rises = 0
         self.rewinds = 0
@@ -171,6 +175,7 @@ class Progress:
             self.best = event if self.best is None or event.loss < self.best.loss else self.best
             self._step_began = None  # the time of an evaluation is not the pace of a step
         elif isinstance(event, Sample):
+            self.answers.add(event)
             self._step_began = None
         elif isinstance(event, CheckpointSaved):
             self.best_checkpoint = event if event.best else self.best_checkpoint
@@ -203,7 +208,7 @@ class Progress:
         self._resumed_at = step
         self.phase, self.phase_progress = "", None
         self.last = self.failure = self.end = self.asked = None
-        for name in CURVES:
+        for name in BY_STEP:
             getattr(self, name).rewind(step)
         self.grad_norms.clear()
         self.held_out_rises = 0
@@ -219,16 +224,16 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, from which `from_dict` makes a progress that goes on in the same way."""
-        written = {name: value for name, value in vars(self).items() if name not in (*EVENTS, *CURVES, *QUEUES)}
+        written = {name: value for name, value in vars(self).items() if name not in (*EVENTS, *BY_STEP, *QUEUES)}
         written |= {name: event and encode(event) for name, event in vars(self).items() if name in EVENTS}
-        return written | {name: getattr(self, name).to_dict() for name in CURVES} | {name: list(getattr(self, name)) for name in QUEUES}
+        return written | {name: getattr(self, name).to_dict() for name in BY_STEP} | {name: list(getattr(self, name)) for name in QUEUES}
 
     @staticmethod
     def from_dict(written: Mapping[str, Any]) -> Progress:
         """Raises KeyError, TypeError or ValueError for what no `to_dict` gave."""
         progress = Progress(written["name"])
         for name, value in vars(progress).items():
-            if name in CURVES:
+            if name in BY_STEP:
                 value.set_from(written[name])
             elif name in QUEUES:
                 value.extend(written[name])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from qlora_ui import curves, events, progress
+from qlora_ui import answers, curves, events, progress
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run, write_json
 
@@ -83,4 +83,4 @@ def fits(run: Run, offset: int) -> str:
 @cache
 def folded_by() -> bytes:
     """The code that makes progress of events, so that a snapshot of another version never fits."""
-    return b"".join(Path(str(module.__file__)).read_bytes() for module in (events, curves, progress))
+    return b"".join(Path(str(module.__file__)).read_bytes() for module in (events, curves, answers, progress))

@@ -41,7 +41,7 @@ UNTIMED = frozenset(
 class TimePlan:
     """Rows are sequences as they are read: none of a row that is left out, several of one that is split.
 
-    `tokens_a_pass` is None before tokens are counted, `seconds_a_step` before a run with such steps was measured.
+    `tokens_a_pass` is None before tokens are counted, `seconds_a_step` before such steps were measured; `whose` they were.
     """
 
     steps: int
@@ -51,6 +51,7 @@ class TimePlan:
     held_out: int
     tokens_a_pass: int | None = None
     seconds_a_step: float | None = None
+    whose: str = "of the last such run"
 
     @property
     def passes(self) -> float:
@@ -63,7 +64,7 @@ class TimePlan:
         tokens = "" if self.tokens_a_pass is None else f", about {rounded(self.passes * self.tokens_a_pass):,} tokens"
         time = ""
         if self.seconds_a_step is not None:
-            time = f" About {duration(self.steps * self.seconds_a_step)}, at the {self.seconds_a_step:.2g} s a step of the last such run."
+            time = f" About {duration(self.steps * self.seconds_a_step)}, at the {self.seconds_a_step:.2g} s a step {self.whose}."
         return (
             f"{self.steps:,} steps of {batch}, {self.passes:.3g} passes over {self.rows:,} rows{tokens}; "
             f"{self.held_out:,} rows held out.{time}"

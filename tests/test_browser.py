@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import tiny
 from gradio_client import Client
@@ -37,6 +38,10 @@ def page(browser: Browser, app: Served) -> Iterator[Page]:
     yield opened
     assert opened.faults == []  # type: ignore[attr-defined]
     opened.context.close()
+
+
+def test_the_api_is_off_unless_it_was_asked_for(app: Served) -> None:
+    assert httpx.get(f"{app.url}/v1/models").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,70 @@ def test_numbers_out_of_bounds_are_refused_at_their_field(page: Page, app: Serve
     assert not os.listdir(app.home / "runs")
     set_number(page, "lora_r", 8)
     expect(page.locator("#train-plan")).to_contain_text("steps of 4 rows")
+
+
+def test_what_differs_from_the_preset_is_marked_and_set_back(page: Page) -> None:
+    go(page, "Train")
+    line, rank = page.locator("#form-differences"), page.locator("#field-lora_r")
+    expect(line).to_have_text("All settings are the preset's.")
+    height = line.bounding_box()["height"]  # type: ignore[index]
+    before = rank.locator("input").input_value()
+    rank.locator("input").fill("24")
+    expect(line).to_contain_text("1 setting differs from the preset: LoRA rank")  # while it is typed
+    set_number(page, "max_steps", 7)
+    page.get_by_text("Advanced", exact=True).click()
+    page.locator("#field-use_rslora input").check()
+    expect(line).to_contain_text("3 settings differ from the preset: LoRA rank, Max steps, rsLoRA")
+    assert line.bounding_box()["height"] == height  # type: ignore[index]
+    page.get_by_text("As a command", exact=True).click()
+    command = page.locator("#settings-command textarea")
+    expect(command).to_have_value(re.compile("--preset starter --set lora_r=24 --set use_rslora=true --set max_steps=7$"))
+
+    reset = rank.get_by_role("button", name=f"LoRA rank differs from the preset. Reset it to {before}")
+    reset.click()
+    expect(rank.locator("input")).to_have_value(before)
+    expect(reset).to_have_count(0)
+    expect(line).to_contain_text("2 settings differ from the preset: Max steps, rsLoRA")
+    page.get_by_role("button", name="Reset all").click()
+    expect(line).to_have_text("All settings are the preset's.")
+    expect(page.locator("#field-use_rslora input")).not_to_be_checked()
+    expect(command).to_have_value(re.compile("--preset starter$"))
+
+
+def test_a_number_is_checked_while_it_is_typed_and_a_start_leads_to_it(page: Page, app: Served) -> None:
+    go(page, "Train")
+    rank = page.locator("#field-lora_r")
+    box = rank.bounding_box()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    rank.locator("input").fill("600")
+    expect(rank.locator(".fault")).to_have_text("lora_r is 600: it must be a whole number from 1 to 512.")
+    expect(rank.locator("input")).to_have_attribute("aria-invalid", "true")
+    assert not [url for url in asked if "component_server" not in url]
+    assert rank.bounding_box() == box
+    rank.locator("input").fill("1.5")
+    expect(rank.locator(".fault")).to_have_text("lora_r is 1.5: it must be a whole number from 1 to 512.")
+    rank.locator("input").fill("")
+    expect(rank.locator(".fault")).to_have_text("lora_r is empty: it must be a whole number from 1 to 512.")
+    page.locator("#start-button").click()
+    expect(rank.locator("input")).to_be_focused()
+    assert not os.listdir(app.home / "runs")
+    rank.locator("input").fill("8")
+    expect(rank.locator(".fault")).to_have_count(0)
+
+
+def test_a_rule_between_fields_is_told_at_its_field_wherever_that_is(page: Page) -> None:
+    go(page, "Train")
+    page.get_by_text("Advanced", exact=True).click()
+    page.locator("#field-use_dora input").check()
+    page.locator("#field-quant_bits input").click()
+    page.get_by_role("option", name="8", exact=True).click()
+    expect(page.locator("#field-use_dora .fault")).to_contain_text("use_dora is true, but quant_bits is 8")
+    page.get_by_text("Advanced", exact=True).click()
+    page.locator("#start-button").click()
+    expect(page.locator("#field-use_dora input")).to_be_focused()  # its fold was opened
+    page.locator("#field-use_dora input").uncheck()
+    expect(page.locator("#field-use_dora .fault")).to_have_count(0)
 
 
 def test_a_missing_model_fails_with_what_to_do(page: Page, app: Served, tmp_path: Path) -> None:
@@ -320,7 +389,7 @@ def test_a_set_of_which_nothing_would_be_trained_cannot_be_used(page: Page, tmp_
     expect(page.locator("#data-use")).to_be_disabled()
     go(page, "Train")
     page.locator("#start-button").click()
-    expect(page.locator("#start-message .problem, #field-max_seq_len.blamed").first).to_contain_text("0 % of the tokens")
+    expect(page.locator("#start-message .problem, #field-max_seq_len[data-blamed]").first).to_contain_text("0 % of the tokens")
 
 
 def test_the_report_is_always_of_the_source_that_is_selected(page: Page, tmp_path: Path) -> None:

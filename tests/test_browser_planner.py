@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 from playwright.sync_api import Browser, Page, expect
 from serving import go, open_page, served, set_number
+
+from qlora_ui.runs import Workspace
 
 pytestmark = pytest.mark.browser
 
@@ -49,4 +52,27 @@ def test_the_planner_follows_fields_and_card_in_both_themes_at_both_sizes(browse
         page.locator("#memory-plan .memory-bar").scroll_into_view_if_needed()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.screenshot(path=tmp_path / "planner-390-dark.png")
+        assert page.faults == []  # type: ignore[attr-defined]
+
+
+def test_a_step_is_measured_and_the_plan_follows_what_it_took(browser: Browser, home: Path) -> None:
+    tiny.tiny_model(Workspace.open(home).models / tiny.NAME)
+    with served(home) as app:
+        page = open_page(browser, app.url)
+        go(page, "Train")
+        page.locator("#model-input input").fill(tiny.NAME)
+        page.locator("#model-input input").press("Enter")
+        set_number(page, "max_seq_len", 128)
+        verdict = page.locator("#memory-verdict")
+        expect(verdict).to_contain_text("about", timeout=60_000)
+        measure = page.get_by_role("button", name="Measure one step")
+        measure.click()
+        expect(page.get_by_role("button", name="Cancel measuring")).to_be_visible()
+        expect(verdict).to_contain_text("measured", timeout=60_000)
+        expect(measure).to_be_visible()
+        expect(page.locator("#train-plan")).to_contain_text("s a step measured here")
+        set_number(page, "lora_r", 64)
+        expect(verdict).to_contain_text("about")
+        set_number(page, "lora_r", 16)
+        expect(verdict).to_contain_text("measured")
         assert page.faults == []  # type: ignore[attr-defined]

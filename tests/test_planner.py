@@ -39,7 +39,7 @@ def over(workspace: Workspace, hardware: Hardware | None = HARDWARE) -> Services
 def look(
     workspace: Workspace, card: str = planner.HERE, preset: str = "starter", ask_hub: bool = False, **values: Any
 ) -> tuple[str, str, bool]:
-    verdict, bar, button = planner.look(over(workspace), list(values), ask_hub, card, preset, "", *values.values())
+    verdict, bar, button, _ = planner.look(over(workspace), list(values), ask_hub, card, preset, "", *values.values())
     return verdict, bar, button["visible"]
 
 

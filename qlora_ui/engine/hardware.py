@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +20,8 @@ from qlora_ui.memory.devices import GIB, Device
 
 if TYPE_CHECKING:
     import torch
+
+LOOK_SECONDS = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,47 @@ def memory_gib() -> float:
     import torch
 
     return (torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss) / GIB
+
+
+class MemoryGrowth:
+    """Within it, the most that this process takes beyond what it had: as torch allocates on a GPU, else resident.
+
+    Resident memory is looked at every few milliseconds. The C library keeps much of what was freed before; on Linux it is asked
+    to hand that back first, else what is taken of it would not be seen.
+    """
+
+    def __enter__(self) -> MemoryGrowth:
+        import torch
+
+        give_memory_back()
+        self._cuda = torch.cuda if torch.cuda.is_available() else None
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # not every C library has it
+        self._before = self._most = int(memory_gib() * GIB)
+        self._over = threading.Event()
+        self._looker = threading.Thread(target=self._look, name="memory", daemon=True)
+        if not self._cuda:
+            self._looker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._cuda:
+            self._most = self._cuda.max_memory_allocated()
+        else:
+            self._looker.join()
+
+    def _look(self) -> None:
+        process = psutil.Process()
+        while not self._over.wait(LOOK_SECONDS):
+            self._most = max(self._most, process.memory_info().rss)
+
+    @property
+    def peak_bytes(self) -> int:
+        """After it."""
+        return self._most - self._before
 
 
 def free_memory_gib() -> float:

@@ -73,6 +73,12 @@ class FittedRows:
         ids, trained = self.tokenized.ids[stretch], self.tokenized.trained[stretch]
         return {"input_ids": ids.tolist(), "labels": np.where(trained, ids, IGNORED).tolist()}
 
+    def select(self, indices: npt.NDArray[np.int64]) -> FittedRows:
+        """Some of the sequences, by index, in the order given."""
+        f = self.fitted
+        chosen = replace(f, row=f.row[indices], begin=f.begin[indices], end=f.end[indices], trained=f.trained[indices])
+        return replace(self, fitted=chosen)
+
     def row(self, index: int) -> int:
         """The source number of the row that a sequence is, or is a piece of."""
         return int(self.tokenized.rows[self.fitted.row[index]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from transformers import TrainingArguments
@@ -34,6 +34,8 @@ from qlora_ui.stopping import Cancelled, OutOfMemory
 
 Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
+Choose = Callable[[FittedRows, FittedRows], tuple[FittedRows, FittedRows]]
+Result = TypeVar("Result")
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -45,23 +47,52 @@ def train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None
     that was never interrupted. Ends with `Finished`, `Stopped` or `Paused` emitted; raises UserError, OutOfMemory, or Cancelled
     when it was asked to end and there is no step to keep, or it is to be discarded.
     """
+    in_given_memory(lambda: fetch_and_train(run, emit, should_stop, checkpoint))
+
+
+def in_given_memory(work: Callable[[], Result]) -> Result:
+    """The result of work that leaves no memory behind. Raises OutOfMemory, when nothing of the work is held any more."""
     give_memory_back()  # what an attempt before this one left
-    lack = ""
     try:
-        fetch_and_train(run, emit, should_stop, checkpoint)
+        return work()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         lack = str(error).strip().partition("\n")[0] or type(error).__name__
     finally:
         give_memory_back()
-    if lack:  # out here, where no traceback holds the tensors of the attempt any more
-        give_memory_back()
-        raise OutOfMemory(lack)
+    give_memory_back()  # out here, where no traceback holds the tensors of the attempt any more
+    raise OutOfMemory(lack)
 
 
 def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: Path | None) -> None:
     """All phases in order. What it made is garbage when it returns."""
+    config = run.config()
+    trainer, data = prepare(run, emit, should_stop, going_on=checkpoint is not None)
+    train_set, held_out_set = checks.split(data, config.data, config.optimization.seed)
+    asked, tokenizer = held_out_set or train_set, trainer.processing_class
+    for callback in sampler(config.schedule, asked, tokenizer, emit, should_stop, trainer.compute_loss_context_manager):
+        trainer.add_callback(callback)
+    emit(Phase(name="training"))
+    if checkpoint and not owes_measurement(checkpoint, config.schedule.eval_steps):
+        trainer.args.eval_on_start = False
+    try:
+        with contextlib.suppress(Cancelled), reporting(run, trainer, emit, should_stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if is_out_of_memory(error):
+            keep_last_step(run, trainer)
+        raise
+    end(run, config, trainer, emit)
+
+
+def prepare(
+    run: Run, emit: Emit, should_stop: ShouldStop, *, going_on: bool = False, choose: Choose = lambda train, held_out: (train, held_out)
+) -> tuple[StepTrainer, checks.DataSet]:
+    """All phases before the first step: the trainer of the run over its loaded model, and the rows that were read.
+
+    `choose` may put others in the place of the rows to train on and of those held out.
+    """
     config = run.config()
     hardware = detect(config.quantization.compute_dtype)
     start = find_adapter(config.adapter.init_adapter, run.workspace) if config.adapter.init_adapter else None
@@ -85,8 +116,8 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     shape.check(found, torch_dtype(hardware), config.adapter, len(tokenizer), new)
 
     emit(Phase(name="tokenizing"))
-    train_rows, held_out_rows = encode(run, tokenizer, data, emit, should_stop)
-    if not checkpoint:
+    train_rows, held_out_rows = choose(*encode(run, tokenizer, data, emit, should_stop))
+    if not going_on:
         check_positions(found, max(int(rows.fitted.lengths.max(initial=0)) for rows in (train_rows, held_out_rows)))
     for trouble in troubles(tokenizer, data.conversations, config.data.train_on, generation_ends(found)):
         emit(Log(text=trouble, level="warning"))
@@ -108,22 +139,7 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     if should_stop():
         raise Cancelled
 
-    trainer = make_trainer(run, config, hardware, model, tokenizer, train_rows, held_out_rows, emit, should_stop)
-    train_set, held_out_set = checks.split(data, config.data, config.optimization.seed)
-    asked = held_out_set or train_set
-    for callback in sampler(config.schedule, asked, tokenizer, emit, should_stop, trainer.compute_loss_context_manager):
-        trainer.add_callback(callback)
-    emit(Phase(name="training"))
-    if checkpoint and not owes_measurement(checkpoint, config.schedule.eval_steps):
-        trainer.args.eval_on_start = False
-    try:
-        with contextlib.suppress(Cancelled), reporting(run, trainer, emit, should_stop):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except Exception as error:
-        if is_out_of_memory(error):
-            keep_last_step(run, trainer)
-        raise
-    end(run, config, trainer, emit)
+    return make_trainer(run, config, hardware, model, tokenizer, train_rows, held_out_rows, emit, should_stop), data
 
 
 def keep_last_step(run: Run, trainer: StepTrainer) -> None:

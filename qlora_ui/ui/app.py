@@ -14,10 +14,12 @@ from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.services import Services
 from qlora_ui.ui import (
+    arena_tab,
     chat_tab,
     data_rows,
     data_source,
     data_tab,
+    export_tab,
     form,
     live,
     markup,
@@ -25,6 +27,7 @@ from qlora_ui.ui import (
     queue_panel,
     run_bar,
     runs_tab,
+    samples,
     scripting,
     settings_file,
     sweep,
@@ -33,6 +36,8 @@ from qlora_ui.ui import (
 )
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+SHOW_BLAMED = "() => setTimeout(() => window.showBlamed?.(), 100)"
+"""Brings the field into sight that a start was refused for, once its sentence is in the page."""
 
 
 def build(services: Services) -> gr.Blocks:
@@ -41,6 +46,7 @@ def build(services: Services) -> gr.Blocks:
         bar = run_bar.build()
         # Out here, because what lies in a tab that was not opened yet is not read from the browser.
         kept_chat = gr.BrowserState({}, storage_key="qlora-ui-chat", secret="not secret, only fixed")
+        kept_contestants = gr.BrowserState([], storage_key="qlora-ui-arena", secret="not secret, only fixed")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Data", id="data", elem_id="tab-data"):
                 data = data_tab.build(services, presets.load(train_tab.first_preset()).config)
@@ -48,13 +54,21 @@ def build(services: Services) -> gr.Blocks:
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
                 chat = chat_tab.build(services, kept_chat)
+            with gr.Tab("Arena", id="arena", elem_id="tab-arena") as arena_shown:
+                arena = arena_tab.build(services, QUIET)
             with gr.Tab("Runs", id="runs", elem_id="tab-runs") as runs_shown:
                 runs = runs_tab.build(services, QUIET)
+                answers = samples.build(services, "", "run-samples", visible=False)
+                runs.one.change(lambda run: gr.update(value=run, visible=bool(run)), [runs.one], [answers], **QUIET)
                 runs_shown.select(None, None, None, js=runs_tab.REFRESH)
+            with gr.Tab("Export", id="export", elem_id="tab-export"):
+                export = export_tab.build(services, QUIET)
         news = live.News(services)
         seen = live.build(news)
-        page.load(partial(chat_tab.restored, services), [kept_chat], [chat.run, chat.tuned, chat.base], **QUIET)
-        wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
+        page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
+        arena_tab.wire(services, arena, arena_shown, tabs, page, kept_contestants, QUIET)
+        redrawn = wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
+        wire_export(services, bar, tabs, export, seen, news, redrawn)
         scripting.build(services)
     return page
 
@@ -75,13 +89,13 @@ def wire(
     seen: gr.HTML,
     news: live.News,
     page: gr.Blocks,
-) -> None:
-    """Everything that crosses from one tab to another."""
+) -> Any:
+    """Everything that crosses from one tab to another. Returns the event after which buttons and choices are redrawn."""
     # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
     # and only when the script has found another key than the one that it was drawn for.
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
-    shown = [bar.chip, *bar.shown, train.plot, chat.run]
-    seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
+    shown = [bar.chip, *bar.shown, train.plot, chat.speaker]
+    redrawn = seen.change(partial(redraw, services), [chat.speaker], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
     draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
@@ -90,7 +104,7 @@ def wire(
     plan: dict[str, Any] = {
         "fn": partial(train_tab.describe_plan, services, names),
         "inputs": form_values,
-        "outputs": [train.data_line, train.plan, train.message],
+        "outputs": [train.data_line, train.plan, train.message, train.file.command],
     }
     filled = [train.preset, *fields, data.source.kind, data.chosen, data.source.path, data.source.hub_id]
     page.load(partial(opened, services, names), [draft], [train.isolated, *filled], **QUIET)
@@ -100,31 +114,49 @@ def wire(
         None, [train.message], None, js=settings_file.PRESS
     )
     train.preset.input(partial(train_tab.choose_preset, names), [train.preset], fields, **QUIET)
-    train.preset.change(train_tab.about_preset, [train.preset], [train.about], **QUIET)
+    train.preset.change(train_tab.about_preset, [train.preset], [train.about], trigger_mode="multiple", **QUIET)
     changes = [data.chosen.change, train.preset.input, *[f.change for f in fields]]
     heard(changes).change(**plan, trigger_mode="always_last", **QUIET)
+    form.build_marks(names, train.preset, fields, [page.load, train.preset.change, *[f.change for f in fields]])
     # By one writer, in order: the plan is also made after every look at the data, and an old one may end last.
     kept = [train.isolated, *form_values]
     kept_when = heard([*changes, train.isolated.input]).change
     kept_when(partial(train_tab.draft, names), kept, [draft], trigger_mode="always_last", queue=False, **QUIET)
     planned_when = heard([*changes, bar.chip.change, page.load, train.memory.card.input]).change
-    planner.wire(services, train.memory, names, form_values, planned_when, QUIET)
+    planner.wire(services, train.memory, names, form_values, planned_when, page.load, lambda event: event.then(**plan, **QUIET), QUIET)
     wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 
     started = partial(train_tab.start, services, names)
-    train.start.click(started, kept, [train.message, *fields], **QUIET).then(**look)
-    lined_up = train.line_up.click(partial(queue_panel.add, services, names), kept, [train.message, *fields], **QUIET)
-    lined_up.then(None, None, None, js=queue_panel.CHANGED)
+    train.start.click(started, kept, [train.message], **QUIET).then(None, None, None, js=SHOW_BLAMED).then(**look)
+    lined_up = train.line_up.click(partial(queue_panel.add, services, names), kept, [train.message], **QUIET)
+    lined_up.then(None, None, None, js=SHOW_BLAMED).then(None, None, None, js=queue_panel.CHANGED)
     sweep.wire(services, train.swept, names, kept, QUIET)
     run_bar.wire(services, bar, train.isolated, look, QUIET)
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
-    bar.chat.click(partial(talk_to, services), [bar.run], [tabs, chat.run], **QUIET)
+    for button, run in ((bar.chat, bar.run), (runs.chat, runs.one)):
+        begun = button.click(partial(chat_tab.begin_with, services), [run, *chat.open], chat.opened, **QUIET)
+        begun.then(lambda: gr.Tabs(selected="chat"), None, [tabs], **QUIET)
 
-    runs.chat.click(partial(talk_to, services), [runs.one], [tabs, chat.run], **QUIET)
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
     page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
+    return redrawn
+
+
+def wire_export(
+    services: Services, bar: run_bar.RunBar, tabs: gr.Tabs, export: export_tab.ExportTab, seen: gr.HTML, news: live.News, redrawn: Any
+) -> None:
+    """The Export tab follows what every page sees of runs and exports."""
+    look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
+    known = [export.run, export.weights, export.past, export.newest]
+    redrawn.then(partial(export_tab.look, services), known, export.shown, queue=False, **QUIET)
+    wished = [export.run, export.weights, export.kind, export.quantize, export.push]
+    measured = heard([field.change for field in wished]).change
+    measured(partial(export_tab.room_words, services), wished, [export.size], trigger_mode="always_last", **QUIET)
+    asked = [*wished, export.repository, export.private, export.token]
+    export.start.click(partial(export_tab.start, services), asked, [export.message, export.token], **QUIET).then(**look)
+    bar.export.click(lambda run: [gr.Tabs(selected="export"), run], [bar.run], [tabs, export.run], **QUIET)
 
 
 def heard(events: list[Any]) -> gr.Textbox:
@@ -155,7 +187,8 @@ def wire_resume_with(
     train.use_settings.click(own, [bar.run], [train.message, *filled], **QUIET)
     resume = partial(train_tab.resume_with, services, names)
     asked = [bar.run, train.isolated, *form_values]
-    return train.resume_with.click(resume, asked, [train.message, *form_values[2:]], concurrency_id="resume", **QUIET)
+    resumed = train.resume_with.click(resume, asked, [train.message], concurrency_id="resume", **QUIET)
+    return resumed.then(None, None, None, js=SHOW_BLAMED)
 
 
 def wire_data(
@@ -236,7 +269,8 @@ def filled_by(names: list[str], config: RunConfig) -> list[Any]:
     source = data_source.source_of(reference)
     path, hub_id = (reference if source == kind else None for kind in (data_source.WORKSPACE, data_source.HUB))
     preset = config.preset if config.preset in presets.names() else gr.skip()
-    return [preset, *form.filled(names, config.values()), source, reference, path, hub_id]
+    values = config.values()
+    return [preset, *[values[name] for name in names], source, reference, path, hub_id]
 
 
 def linked_run(services: Services) -> Any:
@@ -244,7 +278,9 @@ def linked_run(services: Services) -> Any:
 
     def opened_by_link(request: gr.Request) -> list[Any]:
         run = services.find(str(request.query_params.get("run", "")))
-        return [gr.Tabs(selected="runs"), [run.id]] if run else [gr.skip(), gr.skip()]
+        if run is None or "pair" in request.query_params:  # a pair that waits for a vote is shown by the arena
+            return [gr.skip(), gr.skip()]
+        return [gr.Tabs(selected="runs"), [run.id]]
 
     return opened_by_link
 
@@ -274,18 +310,8 @@ def redraw(services: Services, talking_to: str | None) -> list[Any]:
     except FileNotFoundError:  # discarded since: the next glance says so
         return [gr.skip()] * (len(run_bar.NO_RUN) + 3)
     running = progress is not None and progress.state == "running"
-    choices = gr.skip() if running and talking_to else run_choices(services, talking_to)
+    choices = gr.skip() if running and talking_to else chat_tab.choices(services, talking_to)
     return [run_bar.device_chip(services.hardware()), *bar, drawn, choices]
-
-
-def run_choices(services: Services, talking_to: str | None) -> Any:
-    """All runs that can be talked to, newest first; the choice that was made stays."""
-    ids = [run.id for run in services.workspace.all() if run.adapter.is_dir()]
-    return gr.update(choices=ids, value=talking_to if talking_to in ids else (ids[0] if ids else None))
-
-
-def talk_to(services: Services, run_id: str) -> list[Any]:
-    return [gr.Tabs(selected="chat"), run_choices(services, run_id)]
 
 
 def curves(services: Services, run_id: str, rewinds: int, stride: int, count: int, held_out_count: int) -> dict[str, Any]:

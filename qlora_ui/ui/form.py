@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from qlora_ui import presets
 from qlora_ui.config import KNOBS, STARTER_MODEL, RunConfig
-from qlora_ui.errors import UserError
 from qlora_ui.knobs import Knob
 
 # The model has a field of its own; what rows are and how they are read is set on the Data tab, where its effect shows.
@@ -23,6 +23,11 @@ GROUPS = {
     "model": "Model",
 }
 MODEL_CHOICES = [("SmolLM2-135M-Instruct (starter)", STARTER_MODEL)]
+# What a preset says of its data is chosen with the data: another preset leaves it alone, so it is no difference.
+OF_THE_DATA = ("data_format", "columns", "held_out_split")
+SCRIPT = Path(__file__).with_name("form.js")
+LINE = '<div class="differences" role="status">All settings are the preset\'s.</div>'
+"""The line that the script writes into: how many settings differ from the preset, and which."""
 
 
 def field(knob: Knob, value: Any, elem_id: str = "") -> gr.components.Component:
@@ -51,7 +56,7 @@ def main_fields(config: RunConfig) -> dict[str, gr.components.Component]:
 def advanced_fields(config: RunConfig) -> dict[str, gr.components.Component]:
     """All others, in named groups."""
     made = {}
-    with gr.Accordion("Advanced", open=False):
+    with gr.Accordion("Advanced", open=False, elem_id="advanced-settings"):
         for section, title in GROUPS.items():
             knobs = [k for k in KNOBS.values() if k.section == section and not k.main and k.name not in ELSEWHERE]
             gr.Markdown(f"#### {title}")
@@ -65,17 +70,34 @@ def read(preset: str, data: str, names: list[str], values: tuple[Any, ...]) -> R
     return presets.load(preset).config.with_values({**dict(zip(names, values, strict=True)), "data": data})
 
 
-def filled(names: list[str], config: Mapping[str, Any]) -> list[Any]:
-    """Updates that show these values and clear all marks."""
-    return [gr.update(value=config[name], info=None if name == "model" else KNOBS[name].help, elem_classes=[]) for name in names]
+# What the page's own script says at the fields --------------------------------------------------------------------------------
 
 
-def marked(names: list[str], error: UserError | None) -> list[Any]:
-    """Updates that put the error's sentence at the field that caused it, and clear the others."""
-    blamed = error.field if error else ""
-    return [
-        gr.update(info=str(error), elem_classes=["blamed"])
-        if name == blamed
-        else gr.update(info=None if name == "model" else KNOBS[name].help, elem_classes=[])
-        for name in names
-    ]
+def declarations(names: list[str]) -> dict[str, Any]:
+    """How these settings are declared and what each preset says of them, for the script. A preset's values are those not the default."""
+    defaults = {name: KNOBS[name].default for name in names}
+    said = {name: presets.load(name).config.values() for name in presets.names()}
+    return {
+        "names": names,
+        "knobs": {name: declaration(KNOBS[name]) for name in names},
+        "defaults": defaults,
+        "presets": {preset: {name: own[name] for name in names if own[name] != defaults[name]} for preset, own in said.items()},
+        "data_tab": [name for name in ELSEWHERE if name != "model"],
+    }
+
+
+def declaration(knob: Knob) -> dict[str, Any]:
+    """What the script needs of one: `requirement` is empty where there is nothing to check while a person types."""
+    told: dict[str, Any] = {"label": knob.label, "of_preset": knob.name not in OF_THE_DATA}
+    if knob.kind in (int, float):
+        told |= {"whole": knob.kind is int, "low": knob.low, "high": knob.high, "requirement": knob.requirement()}
+    return told
+
+
+def build_marks(names: list[str], preset: gr.Dropdown, fields: list[Any], changes: list[Any]) -> None:
+    """The hidden component that marks fields. No event of it asks the server: it is told all values, and sets some of them back."""
+    script = f"const declared = {json.dumps(declarations(names))};\n{SCRIPT.read_text('utf-8')}"
+    marks = gr.HTML("", html_template="", js_on_load=script, visible="hidden", elem_id="form-values")
+    told = "(...values) => JSON.stringify(values)"
+    gr.on(changes, None, [preset, *fields], [marks], js=told, trigger_mode="multiple", api_visibility="private")
+    marks.submit(None, fields, fields, js="(...values) => window.formReset(values)", api_visibility="private")

@@ -8,7 +8,7 @@ const MOST_LINES = 60;
 const MOST_MISSED = 3; // questions without an answer, after which the page says that it does not know
 const AWAY = "The app does not answer. It said last: ";
 const page = Math.random().toString(36).slice(2);
-const shown = { version: "", run: "", parts: {}, lines: [], count: -1 };
+const shown = { version: "", run: "", parts: {}, lines: [], count: -1, answers: 0 };
 let [asking, askAgain, timer, missed] = [false, false, 0, 0];
 
 async function ask() {
@@ -29,8 +29,8 @@ async function ask() {
   timer = setTimeout(ask, askAgain || answer?.behind ? 0 : 1000 * answer?.wait || EVERY_MS);
 }
 
-function take({ version, run, redraw, parts, log, curve: points }, asked) {
-  Object.assign(shown, { version, run });
+function take({ version, run, redraw, parts, log, answers, curve: points }, asked) {
+  Object.assign(shown, { version, run, answers });
   Object.assign(shown.parts, parts);
   if (log.start !== shown.count) shown.lines = [];
   shown.lines = [...shown.lines, ...log.lines].slice(-MOST_LINES);
@@ -57,6 +57,7 @@ window.showNews = () => {
   }
   showLog();
   window.showMoreCurves?.(shown.run, shown.version);
+  window.showSamples?.(shown.run, shown.answers);
 };
 
 function sayAway() {

@@ -17,7 +17,7 @@ from qlora_ui.hints import hints
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services, Stand
-from qlora_ui.ui import markup
+from qlora_ui.ui import export_markup, markup
 
 SCRIPT = Path(__file__).with_name("live.js")
 SHOW_NEWS = "window.showNews?.()"
@@ -47,8 +47,11 @@ class News:
             parts = [run.id, progress.state, progress.phase, progress.asked or "", str(progress.adapter_saved), silence]
         known = "device" if self._services.hardware() else "no device yet"
         runs = self._services.workspace.runs
-        folder = str(runs.stat().st_mtime_ns) if runs.is_dir() else "no folder"
-        return " ".join([*parts, known, folder, self._services.queue.stamp()])
+        seen = (runs, self._services.workspace.exports)
+        changed = [str(folder.stat().st_mtime_ns) if folder.is_dir() else "no folder" for folder in seen]
+        job = self._services.exporting.job
+        export = f"{job.stand} {job.asked_to_end}" if job else "no export"
+        return " ".join([*parts, known, export, *changed, self._services.queue.stamp()])
 
     def wait_seconds(self, page: str) -> float:
         """After how long a page is to ask again: a second, or longer where so many are open that answers would slow a training down."""
@@ -74,22 +77,24 @@ class News:
             return {}
         gone = "" if runs.is_dir() else trouble_with_disk(runs, then="start again")
         log = {"start": 0, "count": -1, "lines": [markup.NO_LOG]}
-        return {"version": now, "run": "", "redraw": now, "parts": self._parts(now, None, gone), "log": log}
+        return {"version": now, "run": "", "redraw": now, "parts": self._parts(now, None, gone), "log": log, "answers": 0}
 
     def _of(self, run: Run, version: str, run_id: str, log_count: int, curve: list[Any] | None, stand: Stand) -> dict[str, Any]:
         progress = stand.progress
         key = self.key(run, progress)
-        now = f"{key} {stand.offset}"
+        job = self._services.exporting.job
+        now = f"{key} {stand.offset} {job.version if job else 0}"
         if not stand.up_to_date:  # what is known so far may be long over
             parts = {"status-line": markup.reading(run.name, stand.offset / max(1, run.size()))}
-            return {"version": now, "run": "", "redraw": "", "parts": parts, "log": {"start": 0, "count": 0, "lines": []}, "behind": True}
+            log = {"start": 0, "count": 0, "lines": []}
+            return {"version": now, "run": "", "redraw": "", "parts": parts, "log": log, "answers": 0, "behind": True}
         if now == version:
             return {}
         known = log_count if run_id == run.id and 0 <= log_count <= progress.logged else 0
         start = max(known, progress.logged - len(progress.log))
         log = {"start": start, "count": progress.logged, "lines": list(progress.log)[len(progress.log) - (progress.logged - start) :]}
         parts = self._parts(now, progress, self._services.silence(run, progress.state), max_grad_norm(run))
-        answer = {"version": now, "run": run.id, "redraw": key, "parts": parts, "log": log}
+        answer = {"version": now, "run": run.id, "redraw": key, "parts": parts, "log": log, "answers": progress.answers.serial}
         if curve and curve[0] == run.id:
             answer["curve"] = asdict(progress.curves_since(*(max(0, int(number)) for number in curve[1:])))
         return answer
@@ -99,6 +104,7 @@ class News:
         if self._drawn[0] != version:
             parts = {"status-line": markup.status(progress, silence), "progress": markup.bar(progress), "tiles": markup.tiles(progress)}
             parts["hints"] = markup.hints(hints(progress, max_grad_norm) if progress else [])
+            parts["export-now"] = export_markup.now(self._services.exporting.job)
             self._drawn = (version, parts)
         return self._drawn[1]
 

@@ -7,9 +7,10 @@ from html import escape
 from qlora_ui.progress import Progress, duration
 
 
-def error(message: str) -> str:
-    """A sentence about what the person can mend, beside what caused it."""
-    return f'<p class="problem" role="alert">{escape(message)}</p>' if message else ""
+def error(message: str, field: str = "") -> str:
+    """A sentence about what the person can mend. The page's script puts it at the `field` of the form too."""
+    at = f' data-field="{escape(field)}"' if field else ""
+    return f'<p class="problem" role="alert"{at}>{escape(message)}</p>' if message else ""
 
 
 def note(message: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from typing import Any
@@ -16,7 +19,7 @@ from qlora_ui.inspection import Look
 from qlora_ui.memory.advice import advice_for
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import Forecast, Verdict, forecast
-from qlora_ui.memory.shapes import ModelShape
+from qlora_ui.memory.measured import Measured, corrected
 from qlora_ui.model_configs import NotHere, find_shape, find_shape_within
 from qlora_ui.services import Services
 from qlora_ui.time_plan import time_plan
@@ -33,6 +36,7 @@ element.addEventListener('click', event => {
 });
 watch('value', () => { for (const details of element.querySelectorAll('details')) details.open = open; });
 """
+FOLLOW_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +47,22 @@ class Planner:
     card: gr.Dropdown
     bar: gr.HTML
     ask_hub: gr.Button
+    measure: gr.Button
+    cancel: gr.Button
 
     @property
     def shown(self) -> list[gr.components.Component]:
         """What `look` fills, in its order."""
-        return [self.verdict, self.bar, self.ask_hub]
+        return [self.verdict, self.bar, self.ask_hub, self.measure]
+
+    @property
+    def measuring(self) -> list[gr.components.Component]:
+        """What `follow` fills, in its order."""
+        return [self.verdict, self.measure, self.cancel]
 
 
 def build() -> Planner:
-    """Verdict and card in a row, the bar under them."""
+    """Verdict and card in a row, the bar under them. The two buttons that measure are rendered by whoever has room for them."""
     with gr.Row(elem_id="memory-head"):
         verdict = gr.HTML(elem_id="memory-verdict")
         card = gr.Dropdown(
@@ -66,33 +77,50 @@ def build() -> Planner:
         )
     bar = gr.HTML(js_on_load=STAY_OPEN, elem_id="memory-plan")
     ask_hub = gr.Button("Ask the Hub for its shape", visible=False, size="sm", elem_id="memory-ask-hub")
-    return Planner(verdict=verdict, card=card, bar=bar, ask_hub=ask_hub)
+    small: dict[str, Any] = {"size": "sm", "scale": 0, "min_width": 140, "render": False}  # one place for two buttons
+    measure = gr.Button("Measure one step", elem_id="memory-measure", **small)
+    cancel = gr.Button("Cancel measuring", visible=False, elem_id="memory-cancel", **small)
+    return Planner(verdict=verdict, card=card, bar=bar, ask_hub=ask_hub, measure=measure, cancel=cancel)
 
 
-def wire(services: Services, planner: Planner, names: list[str], values: list[Any], changed: Any, quiet: dict[str, Any]) -> None:
-    """Plan again at every `changed` event. Only the button asks anybody outside this machine."""
+def wire(
+    services: Services, planner: Planner, names: list[str], values: list[Any], changed: Any, opened: Any, then: Any, quiet: dict[str, Any]
+) -> None:
+    """Plan again at every `changed` event. Only the button asks anybody outside this machine. `then` is told of what was measured."""
     plan: dict[str, Any] = {"inputs": [planner.card, *values], "outputs": planner.shown, **quiet}
     fn = partial(look, services, names, False)
     changed(fn, **plan, queue=False, trigger_mode="always_last")
     planner.ask_hub.click(partial(look, services, names, True), **plan)
+    told: dict[str, Any] = {"outputs": planner.measuring, "concurrency_limit": 8, **quiet}
+    measured = planner.measure.click(measure_step(services, names), values, **told)
+    followed = opened(follow(services), None, **told)  # one that was begun before this page was opened
+    for event in (measured, followed):
+        then(event.then(fn, **plan))
+    planner.cancel.click(services.probes.cancel, None, None, queue=False, **quiet)
 
 
 def look(services: Services, names: list[str], ask_hub: bool, card: str, preset: str, data: str, *values: Any) -> list[Any]:
-    """The forecast for the form's settings, or why there is none."""
+    """The plan for a card or this machine, or in its place why there is none."""
+    hidden, off = gr.update(visible=False), gr.update(interactive=False)
     try:
         config = form.read(preset, data, names, values)
-    except UserError:  # the plan above Start says it
-        return [markup.note("Memory is counted again when the settings are right."), "", gr.update(visible=False)]
+    except UserError:  # the form says which field
+        return [markup.note("Memory is counted again when the settings are right."), "", hidden, off]
+    may_measure = gr.update(interactive=bool(data) and card == HERE)
     try:
         find = find_shape if ask_hub else find_shape_within
         shape = find(config.model.model, config.model.revision, services.workspace.models)
         device = device_of(services, card)
         if device is None:
-            return [markup.note("Memory: this machine is being looked at …"), "", gr.update(visible=False)]
-        planned = forecast(shape, config, device)
-        return [verdict(planned, device, card), bar(planned, device, advised(shape, config, planned, device)), gr.update(visible=False)]
+            return [markup.note("Memory: this machine is being looked at …"), "", hidden, off]
+        measured = services.probes.known(config) if card == HERE else None
+        planned = corrected(shape, config, device, measured) if measured else forecast(shape, config, device)
+        advice = "" if planned.verdict(device.memory_bytes) == "fits" else advice_for(shape, config, device)
+        said = verdict(planned, device, card, is_measured=measured is not None)
+        trouble = services.probes.trouble(config) if card == HERE else ""
+        return [said + markup.error(trouble), bar(planned, device, advice, measured), hidden, may_measure]
     except UserError as error:
-        return [markup.note(f"Memory: {error}"), "", gr.update(visible=isinstance(error, NotHere))]
+        return [markup.note(f"Memory: {error}"), "", gr.update(visible=isinstance(error, NotHere)), may_measure]
 
 
 def device_of(services: Services, card: str) -> Device | None:
@@ -103,22 +131,46 @@ def device_of(services: Services, card: str) -> Device | None:
     return hardware.device() if hardware else None
 
 
-def advised(shape: ModelShape, config: RunConfig, planned: Forecast, device: Device) -> str:
-    """What to change, where the run does not simply fit."""
-    return "" if planned.verdict(device.memory_bytes) == "fits" else advice_for(shape, config, device)
+# A measured step ----------------------------------------------------------------------------------------------------------
+
+
+def measure_step(services: Services, names: list[str]) -> Any:
+    """Begins to measure and tells how far it is. Gradio takes plain generator functions only."""
+
+    def measured(preset: str, data: str, *values: Any) -> Iterator[list[Any]]:
+        if not services.probes.doing:  # else it is somebody's, and followed
+            with contextlib.suppress(UserError):  # of a setting, which the form says
+                services.measure(form.read(preset, data, names, values))
+        yield from follow(services)()
+
+    return measured
+
+
+def follow(services: Services) -> Any:
+    """Tells how far a measuring is, until it has ended. A page that goes away closes this, and the measuring goes on."""
+
+    def followed() -> Iterator[list[Any]]:
+        while doing := services.probes.doing:
+            said = f'<p class="verdict"><b>Measuring</b> <span>{escape(doing)}</span></p>'
+            yield [said, gr.update(visible=False), gr.update(visible=True)]
+            time.sleep(FOLLOW_SECONDS)
+        yield [gr.skip(), gr.update(visible=True), gr.update(visible=False)]
+
+    return followed
 
 
 # Memory, as HTML ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(planned: Forecast, device: Device, card: str) -> str:
+def verdict(planned: Forecast, device: Device, card: str, *, is_measured: bool = False) -> str:
     """`Fits  about 2.1 of 19.8 GiB free here`."""
     said = planned.verdict(device.memory_bytes)
-    figures = f"about {planned.total / GIB:.1f} of {device.memory_bytes / GIB:.1f} GiB {'free here' if card == HERE else f'on {card}'}"
+    of = f"{planned.total / GIB:.1f} of {device.memory_bytes / GIB:.1f} GiB {'free here' if card == HERE else f'on {card}'}"
+    figures = f"{'measured' if is_measured else 'about'} {of}"
     return f'<p class="verdict" role="status" data-verdict="{said}"><b>{VERDICT_WORDS[said]}</b> <span>{escape(figures)}</span></p>'
 
 
-def bar(planned: Forecast, device: Device, advice: str) -> str:
+def bar(planned: Forecast, device: Device, advice: str, measured: Measured | None = None) -> str:
     """The terms side by side to the scale of the memory, what to change, and the figures behind it."""
     scale = max(planned.total, device.memory_bytes)
     parts = "".join(
@@ -128,14 +180,20 @@ def bar(planned: Forecast, device: Device, advice: str) -> str:
     terms = ", ".join(f"{title(name)} {gib(size)}" for name, size in planned.terms)
     said = f"Memory of {gib(device.memory_bytes)}, of which the run takes {gib(planned.total)}: {terms}."
     told = f'<p class="advice">{escape(advice)}</p>' if advice else ""
-    return f'<div class="memory-bar" role="img" aria-label="{escape(said)}">{parts}{limit}</div>{told}{table(planned, device)}'
+    return f'<div class="memory-bar" role="img" aria-label="{escape(said)}">{parts}{limit}</div>{told}{table(planned, device, measured)}'
 
 
-def table(planned: Forecast, device: Device) -> str:
+def table(planned: Forecast, device: Device, measured: Measured | None) -> str:
     """Every term with its colour and its size."""
     rows = "".join(f'<tr><th scope="row"><i class="{name}"></i>{title(name)}</th><td>{gib(size)}</td></tr>' for name, size in planned.terms)
     activations = "recomputed" if planned.gradient_checkpointing else "kept"
     assumed = f"{planned.tokens:,} tokens at once in {planned.compute_dtype}, all of them trained; activations are {activations}."
+    if measured:
+        assumed = (
+            f"Measured on the longest rows: {gib(measured.memory_bytes)} beside the overhead; a usual step took "
+            f"{measured.seconds_a_step:.2g} s. "
+            f"Activations are {activations}; they and the logits have the room that nothing else is counted for."
+        )
     if planned.paged_bytes:
         assumed += f" {gib(planned.paged_bytes)} of the optimizer state can move to the CPU's memory."
     free = device.memory_bytes - planned.total
@@ -163,6 +221,8 @@ def time_words(services: Services, config: RunConfig, seen: Look) -> str:
     """Steps, passes and tokens, the time where a run with such steps was measured here, and a word on rows that are seen too often."""
     assert seen.data is not None
     plan = time_plan(config, seen.data, seen.preview, measured_pace(services, config))
+    if measured := services.probes.known(config):
+        plan = replace(plan, seconds_a_step=measured.seconds_a_step, whose="measured here")
     return markup.note(plan.words()) + (f'<p class="caution">{escape(plan.warning())}</p>' if plan.warning() else "")
 
 

@@ -124,13 +124,17 @@ def sweeps(entries: list[Entry], rows: list[RunRow]) -> list[dict[str, Any]]:
     return [{"name": name, "runs": ids, "said": f"{len(ids)} of {len(ids) + waiting[name]} begun"} for name, ids in newest]
 
 
-def add(services: Services, names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> list[Any]:
+def add(services: Services, names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> str:
     """The form's settings go to the end of the line, or what is wrong with them is said where Start would say it."""
     try:
-        waiting = services.line_up([Entry(config=form.read(preset, data, names, values), isolated=isolated)])
+        config = form.read(preset, data, names, values)
+    except UserError:  # the plan above the button says it
+        return ""
+    try:
+        waiting = services.line_up([Entry(config=config, isolated=isolated)])
     except UserError as error:
-        return [markup.error(str(error)), *form.marked(names, error)]
-    return [markup.note(lined_up(services, f"In line as number {waiting}.")), *form.marked(names, None)]
+        return markup.error(str(error), error.field)
+    return markup.note(lined_up(services, f"In line as number {waiting}."))
 
 
 def lined_up(services: Services, said: str) -> str:

@@ -1,4 +1,4 @@
-"""Settings as a file: saved from the form, loaded into it. Knows nothing of runs or torch."""
+"""Settings as a file, saved from the form and loaded into it, and as a command. Knows nothing of runs or torch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,29 @@ PRESS = "(said) => { if (!said) setTimeout(() => document.querySelector('#settin
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsFile:
-    """The two buttons, and the hidden one that hands over what was saved."""
+    """The two buttons, the hidden one that hands over what was saved, and the command that trains with the same settings."""
 
     load: gr.UploadButton
     save: gr.Button
     file: gr.DownloadButton
+    command: gr.Textbox
 
 
 def build() -> SettingsFile:
     with gr.Row(elem_id="settings-as-file"):
-        return SettingsFile(
-            load=gr.UploadButton("Load settings", file_types=[".yaml", ".yml"], size="sm", elem_id="settings-load"),
-            save=gr.Button("Save settings", size="sm", elem_id="settings-save"),
-            file=gr.DownloadButton("Settings", visible="hidden", elem_id="settings-file"),
+        load = gr.UploadButton("Load settings", file_types=[".yaml", ".yml"], size="sm", elem_id="settings-load")
+        save = gr.Button("Save settings", size="sm", elem_id="settings-save")
+        file = gr.DownloadButton("Settings", visible="hidden", elem_id="settings-file")
+    with gr.Accordion("As a command", open=False, elem_id="settings-as-command"):
+        command = gr.Textbox(
+            label="Trains with these settings, without a browser",
+            lines=2,
+            max_lines=8,
+            interactive=False,
+            buttons=["copy"],
+            elem_id="settings-command",
         )
+    return SettingsFile(load=load, save=save, file=file, command=command)
 
 
 def saved(names: list[str], preset: str, data: str, *values: Any) -> list[Any]:

@@ -10,16 +10,16 @@ from typing import Any
 import gradio as gr
 
 from qlora_ui import presets
+from qlora_ui.command_line import train_command
 from qlora_ui.config import KNOBS
 from qlora_ui.data import sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, live, markup, more_curves, planner, queue_panel, settings_file, sweep
+from qlora_ui.ui import form, live, markup, more_curves, planner, queue_panel, samples, settings_file, sweep
 from qlora_ui.ui.plots import loss_plot
 
 FIRST_PRESET = "starter"
 ISOLATED = "A crash, or the system's killing for want of memory, cannot then take this page down."
-OF_THE_DATA = ("data_format", "columns", "held_out_split")
 
 
 def first_preset() -> str:
@@ -61,6 +61,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             choices = [(presets.load(name).title, name) for name in names]
             preset = gr.Dropdown(choices, value=first.name, label="Preset", elem_id="preset-select")
             about = gr.HTML(markup.note(first.about), elem_id="preset-about")
+            gr.HTML(form.LINE, elem_id="form-differences")
             model = gr.Dropdown(
                 form.MODEL_CHOICES, value=first.config.model.model, allow_custom_value=True, label="Model", elem_id="model-input"
             )
@@ -73,7 +74,10 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                 memory = planner.build()
                 plan = gr.HTML(elem_id="train-plan")
                 message = gr.HTML(elem_id="start-message")
-                isolated = gr.Checkbox(label="Train in a process of its own", info=ISOLATED, elem_id="isolated-switch")
+                with gr.Row(elem_id="before-start"):
+                    isolated = gr.Checkbox(label="Train in a process of its own", info=ISOLATED, elem_id="isolated-switch")
+                    memory.measure.render()
+                    memory.cancel.render()
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button")
                 line_up = queue_panel.add_button()
                 with gr.Row(elem_id="resume-with"):
@@ -85,6 +89,7 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
             gr.HTML(markup.hints([]), js_on_load=live.SHOW_NEWS, elem_id="hints")
             plot = loss_plot(curves)
+            samples.build(services, samples.LIVE, "samples")
             log = gr.HTML(markup.log(), js_on_load=live.SHOW_NEWS, elem_id="log-box")
             more_curves.build(services)
 
@@ -113,8 +118,8 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
 
 def choose_preset(names: list[str], preset: str) -> list[Any]:
     """The preset's settings. The data stays what was chosen, and with it what is said of its rows."""
-    filled = zip(names, form.filled(names, presets.load(preset).config.values()), strict=True)
-    return [gr.skip() if name in OF_THE_DATA else update for name, update in filled]
+    values = presets.load(preset).config.values()
+    return [gr.skip() if name in form.OF_THE_DATA else values[name] for name in names]
 
 
 def about_preset(preset: str) -> str:
@@ -122,18 +127,18 @@ def about_preset(preset: str) -> str:
     return markup.note(presets.load(preset).about)
 
 
-def start(services: Services, names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> list[Any]:
-    """Start, or say why not: at the field that is wrong (the plan above the button says it too), else above the button."""
+def start(services: Services, names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> str:
+    """Start, or say why not. Of a setting that is wrong, the plan above the button says it."""
     try:
         config = form.read(preset, data, names, values)
-    except UserError as error:
-        return ["", *form.marked(names, error)]
+    except UserError:
+        return ""
     try:
         services.check_data(config)
         services.start(config, isolated=isolated)
     except UserError as error:
-        return [markup.error(str(error)), *form.marked(names, error)]
-    return ["", *form.marked(names, None)]
+        return markup.error(str(error), error.field)
+    return ""
 
 
 def compare(services: Services, names: list[str], run_id: str, state: str, preset: str, data: str, *values: Any) -> list[Any]:
@@ -165,7 +170,7 @@ def shown(value: Any) -> str:
     return textwrap.shorten(str(value), 40, placeholder=" …") or "none"
 
 
-def resume_with(services: Services, names: list[str], run_id: str, isolated: bool, preset: str, data: str, *values: Any) -> list[Any]:
+def resume_with(services: Services, names: list[str], run_id: str, isolated: bool, preset: str, data: str, *values: Any) -> str:
     """Go on with the run on the bar and the form's settings, or say why not."""
     run = services.find(run_id)
     try:
@@ -174,24 +179,23 @@ def resume_with(services: Services, names: list[str], run_id: str, isolated: boo
             services.check_resume(run, changes)
             services.resume(run, changes, isolated=isolated)
     except UserError as error:
-        return [markup.error(str(error)), *form.marked(names, error)]
-    return ["", *form.marked(names, None)]
+        return markup.error(str(error), error.field)
+    return ""
 
 
-def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str, str]:
-    """What is chosen and what Start will do, or what is still wrong with it; what Start said before is over."""
-    if not data:
-        return markup.note("No data set is chosen. Choose one on the Data tab."), "", ""
-    chosen = f"Data: {sources.shown(data)}"
+def describe_plan(services: Services, names: list[str], preset: str, data: str, *values: Any) -> tuple[str, str, str, Any]:
+    """What is chosen and what Start will do, or what is still wrong with it; what Start said before is over. And the command for it."""
+    chosen = f"Data: {sources.shown(data)}" if data else "No data set is chosen. Choose one on the Data tab."
     try:
         config = form.read(preset, data, names, values)
-        seen = services.inspector.known(config)
+        command = train_command(config, services.workspace.root)
+        seen = services.inspector.known(config) if data else None
         if seen is None or seen.data is None:
-            return markup.note(chosen), "", ""
+            return markup.note(chosen), "", "", command
         chosen += f", {len(seen.data.conversations):,} rows"
-        return markup.note(chosen), planner.time_words(services, config, seen), ""
+        return markup.note(chosen), planner.time_words(services, config, seen), "", command
     except UserError as error:
-        return markup.note(chosen), markup.error(str(error)), ""
+        return markup.note(chosen), markup.error(str(error), error.field), "", ""
 
 
 def draft(names: list[str], isolated: bool, preset: str, data: str, *values: Any) -> Any:
