@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_ui import export_cli, plan_cli, presets
+from qlora_ui import adapters, export_cli, plan_cli, presets, queue_cli, speakers
 from qlora_ui.config import RunConfig
 from qlora_ui.data import columns, reasons, sources
 from qlora_ui.data.checks import Dropped, NothingKept, Report
@@ -27,6 +27,8 @@ from qlora_ui.inspection import Inspector, Look
 from qlora_ui.jobs import Jobs, OnStart
 from qlora_ui.progress import fold, log_line
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.speakers import Speaker
+from qlora_ui.talking import EngineChat
 
 ISOLATED = "train in a process of its own, which cannot take this one down"
 
@@ -75,8 +77,11 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the report as one JSON object")
     check.set_defaults(command=check_data_command)
 
-    chat = commands.add_parser("chat", help="ask a run's model one question")
-    chat.add_argument("--run", required=True, help="the run's id, or 'last'")
+    chat = commands.add_parser("chat", help="ask a run, a checkpoint, an adapter or a base model one question")
+    chat.add_argument("--run", help="the run's id, or 'last'")
+    chat.add_argument("--checkpoint", type=int, metavar="STEP", help="with --run: its checkpoint of that step")
+    chat.add_argument("--adapter", help="a folder, a zip, a name in the workspace's adapters, or owner/name[@revision] on the Hub")
+    chat.add_argument("--model", help="a base model: owner/name or a folder; with --adapter: in place of the base that it names")
     chat.add_argument("--prompt", required=True, help="what to ask")
     chat.add_argument("--base", action="store_true", help="let the base model answer, without the adapter")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
@@ -93,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     plan_cli.add_arguments(plan)
     plan.set_defaults(command=plan_command)
     export_cli.add_parser(commands)
+    queue_cli.add_parsers(commands, read_config, follow)
 
     runs = commands.add_parser("runs", help="list the runs, newest first")
     runs.set_defaults(command=runs_command)
@@ -261,6 +267,7 @@ def in_the_foreground(work: Callable[[OnStart], Run], as_json: bool) -> int:
 
 def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None:
     """Print a run's events after `offset` bytes as they are written, until it has ended and all are printed."""
+    stdout = sys.stdout  # which is another while a tracker chats
     while True:
         last_look = ended.wait(0.2)
         try:
@@ -270,7 +277,7 @@ def follow(run: Run, as_json: bool, ended: threading.Event, offset: int) -> None
         for event in events:
             line = encode(event) if as_json else describe(event)
             if line:
-                print(line, flush=True)
+                print(line, file=stdout, flush=True)
         if last_look:
             return
 
@@ -282,19 +289,32 @@ def describe(event: Event) -> str:
 
 
 def chat_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
-    """Print the answer as it is written."""
-    run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
-    from qlora_ui.engine import chat, decoding
+    """Print the answer as it is written; on stderr, what is waited for and what there is to warn of."""
+    speaker = chat_speaker(arguments, workspace)
+    from qlora_ui.engine import decoding
 
     sampling = decoding.Sampling(temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
-    model = chat.ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
-    question = [Message(role="user", content=arguments.prompt)]
-    printed = ""
-    for answers in model.reply([("base" if arguments.base else "adapter", question)], sampling):
+    asked = [(speaker.base if arguments.base else speaker, [Message(role="user", content=arguments.prompt)])]
+    printed, noted = "", ""
+    for answers in EngineChat(workspace).reply(asked, sampling):
+        if answers.note not in ("", noted):
+            print(answers.note, file=sys.stderr)
         print(answers.texts[0][len(printed) :], end="", flush=True)
-        printed = answers.texts[0]
+        printed, noted = answers.texts[0], answers.note
     print()
     return 0
+
+
+def chat_speaker(arguments: argparse.Namespace, workspace: Workspace) -> Speaker:
+    """Whom the flags name. Raises UserError when that is nobody, or more than one."""
+    if arguments.run and not (arguments.adapter or arguments.model):
+        run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
+        return speakers.of_run(run, arguments.checkpoint)
+    if arguments.adapter and not arguments.run and arguments.checkpoint is None:
+        return adapters.named(arguments.adapter, workspace, lambda event: None, lambda: False, arguments.model or "")
+    if arguments.model and not arguments.run and arguments.checkpoint is None:
+        return speakers.bare(arguments.model)
+    raise UserError("Say who is asked: --run ID (with --checkpoint STEP if you like), --adapter (with --model), or --model.")
 
 
 def last_with_adapter(workspace: Workspace) -> Run:

@@ -383,6 +383,9 @@ class OptimizationConfig(Part, section="optimization"):
     seed: int = knob(42, "Seed", "Fixes data order, held-out rows, dropout and the adapter's start.", low=0, high=2**31 - 1)
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Part, section="schedule"):
     """When the run measures and saves."""
@@ -422,6 +425,23 @@ class ScheduleConfig(Part, section="schedule"):
     sample_prompts: str = knob(
         "", "Sample prompts", "What base and adapter are asked, one prompt a line. Empty: the first three held-out questions."
     )
+    report_to: str = knob(
+        "",
+        "Trackers",
+        "Where the metrics go besides this app, with commas: tensorboard, wandb, trackio, where installed. Empty: nowhere.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.trackers()
+
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, each once. Raises UserError for one that is none."""
+        names = [name for part in self.report_to.lower().split(",") if (name := part.strip()) not in ("", "none")]
+        for name in names:
+            if name not in TRACKERS:
+                raise UserError(f"report_to names {name!r}: use {', '.join(TRACKERS)}, with commas.", field="report_to")
+        return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, kw_only=True)

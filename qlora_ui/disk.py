@@ -14,6 +14,7 @@ from filelock import FileLock
 from qlora_ui.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+TORN = b" (torn)\n"  # what ends a line that was not written whole: no reader has seen it, and none will
 LEAST_FREE_BYTES = 1 << 20  # a writer that gave up leaves a little; no checkpoint fits into less
 
 
@@ -22,6 +23,22 @@ def lock_file(path: Path, then: str = "resume") -> FileLock:
     if not path.parent.is_dir():
         raise UserError(trouble_with_disk(path.parent, then=then))
     return FileLock(path, thread_local=False)
+
+
+def append_line(path: Path, line: bytes, *, sync: bool) -> None:
+    """Write a line at the end of a file that is there; `sync` waits until a power cut cannot lose it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND)  # never made here: what was deleted stays deleted
+    try:
+        if os.lseek(descriptor, 0, os.SEEK_END):
+            os.lseek(descriptor, -1, os.SEEK_END)
+            if os.read(descriptor, 1) != b"\n":
+                line = TORN + line  # a full disk or a power cut tore the last line: it must not swallow this one
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def trouble_with_disk(folder: Path, error: BaseException | None = None, then: str = "resume") -> str:

@@ -13,3 +13,7 @@ class UserError(Exception):
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
         self.field = field
+
+
+class Busy(UserError):
+    """What is wanted is somebody else's just now: the same may be granted later."""

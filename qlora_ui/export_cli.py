@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
-from qlora_ui import exports
+from qlora_ui import exporting, exports
 from qlora_ui.events import Event, Log, PhaseProgress
+from qlora_ui.jobs import Jobs
 from qlora_ui.progress import amount
 from qlora_ui.runs import Workspace
-from qlora_ui.stopping import Cancelled, abandonable
+from qlora_ui.stopping import Cancelled
 
 CANCELLED = 130  # what shells know of Ctrl-C: whoever waits for the export must not take it for done
 
@@ -33,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     export.add_argument("--checkpoint", type=int, metavar="STEP", help="the weights after that step (default: the result, else the newest)")
     export.add_argument("--quantize", choices=["nf4"], help="with --merged: quantize it again, as bitsandbytes stores it")
     export.add_argument("--push", default="", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub too (token: HF_TOKEN or login)")
+    export.add_argument("--public", action="store_true", help="with --push: a new repository can be seen by all")
     export.add_argument("--json", action="store_true", help="print what was made as one JSON object")
     export.set_defaults(command=export_command)
 
@@ -41,7 +42,9 @@ def export_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Export, telling the way on the go. Ctrl-C leaves nothing."""
     workspace.settle()
     run = workspace.get(arguments.run)
-    wish = exports.plan(run, arguments.kind, arguments.to, arguments.checkpoint, arguments.quantize is not None, arguments.push)
+    wish = exports.plan(
+        run, arguments.kind, arguments.to, arguments.checkpoint, arguments.quantize is not None, arguments.push, not arguments.public
+    )
     told = sys.stderr if arguments.json else sys.stdout
 
     def emit(event: Event) -> None:
@@ -50,24 +53,16 @@ def export_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
         elif isinstance(event, PhaseProgress) and sys.stderr.isatty():
             print(f"\r\033[K{amount(event)}", end="", file=sys.stderr, flush=True)
 
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, Jobs(workspace).lend(run):
         try:
-            emit(Log(text="Loading the libraries"))
-            abandonable(lambda: importlib.import_module("qlora_ui.engine"), stop.is_set)
-            from qlora_ui.engine import export, push
-
-            if wish.repository:
-                push.check(wish.repository, stop.is_set)
-            made = export.export(wish, emit, stop.is_set)
-            pushed = push.push(made.path, wish.repository, emit, stop.is_set) if wish.repository else ""
+            made = exporting.carry_out(wish, emit, stop.is_set)
         except Cancelled:
-            done = f"{wish.target} is complete, but was not pushed" if wish.target.exists() else f"nothing was written to {wish.target}"
-            print(f"Cancelled: {done}.", file=sys.stderr)
+            print(f"Cancelled: {exporting.cancelled_words(wish)}.", file=sys.stderr)
             return CANCELLED
     if arguments.json:
-        print(json.dumps({**dataclasses.asdict(made), "pushed": pushed}, default=str))
+        print(json.dumps({**dataclasses.asdict(made.export), "pushed": made.pushed}, default=str))
     else:
-        print(f"{made.verification.sentence()}\nWrote {made.path} ({exports.megabytes(made.bytes)})")
+        print(f"{made.export.verification.sentence()}\nWrote {made.export.path} ({exports.size_words(made.export.bytes)})")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What to make of a run, and where. `repository` is the Hub's owner/name that it is pushed to, if any."""
+    """What to make of a run, and where. `repository` is the Hub's owner/name that it is pushed to, if any; new ones are made `private`."""
 
     run: Run
     kind: Kind
@@ -40,16 +41,19 @@ class Export:
     target: Path
     quantize: bool = False
     repository: str = ""
+    private: bool = True
 
     @property
     def is_zip(self) -> bool:
         return self.target.suffix == ".zip"
 
 
-def plan(run: Run, kind: Kind, target: str, checkpoint: int | None = None, quantize: bool = False, repository: str = "") -> Export:
+def plan(
+    run: Run, kind: Kind, target: str, checkpoint: int | None = None, quantize: bool = False, repository: str = "", private: bool = True
+) -> Export:
     """Look at all that can be looked at without loading anything. Raises UserError for what cannot be exported, or not to there."""
-    weights = weights_of(run, checkpoint)
-    export = Export(run=run, kind=kind, weights=weights, target=free_target(target, run), quantize=quantize, repository=repository)
+    weights, place = weights_of(run, checkpoint), free_target(target, run)
+    export = Export(run=run, kind=kind, weights=weights, target=place, quantize=quantize, repository=repository, private=private)
     if quantize and kind != "merged":
         raise UserError(f"--quantize is for --merged: the base of an exported {kind} is quantized when it is loaded.")
     if repository and kind == "folder":
@@ -73,6 +77,26 @@ def weights_of(run: Run, checkpoint: int | None = None) -> Weights:
         raise UserError(f"{run.id} has no adapter yet. Choose a run that was trained for at least a step.", field="run")
     step = [event.step for event in run.read()[0] if isinstance(event, AdapterSaved)][-1]
     return Weights(folder=run.adapter, step=step, why=f"The adapter of {run.id} is exported: step {step}")
+
+
+def sealed_checkpoints(run: Run) -> list[Path]:
+    """Those that say that they are complete, newest first: a look at names only."""
+    return [folder for folder in checkpoints.all_of(run) if (folder / checkpoints.SEAL).exists()]
+
+
+def has_weights(run: Run) -> bool:
+    """Whether there is anything to export: a look at names only."""
+    return run.adapter.is_dir() or bool(sealed_checkpoints(run))
+
+
+def likely_weights(run: Run, checkpoint: int | None = None) -> Path | None:
+    """The folder that `weights_of` would choose, by names only: whether it is damaged is not looked at."""
+    there = sealed_checkpoints(run)
+    if checkpoint is not None:
+        return next((folder for folder in there if checkpoints.step_of(folder) == checkpoint), None)
+    if there and run.state() not in ("finished", "stopped"):
+        return there[0]
+    return run.adapter if run.adapter.is_dir() else None
 
 
 def _checkpoint(run: Run, step: int) -> Weights:
@@ -115,6 +139,15 @@ def free_target(wish: str, run: Run) -> Path:
     return target
 
 
+def gguf_commands(folder: str, to: str) -> list[str]:
+    """What makes a GGUF file of a merged model in 16 bits: llama.cpp's own script, which no package carries."""
+    return [
+        "git clone https://github.com/ggml-org/llama.cpp",
+        "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt",
+        f"python llama.cpp/convert_hf_to_gguf.py {shlex.quote(folder)} --outfile {shlex.quote(to)} --outtype bf16",
+    ]
+
+
 def existing_parent(target: Path) -> Path:
     """The folder that is there already, of those above the target."""
     return next(folder for folder in target.parents if folder.is_dir())
@@ -126,15 +159,15 @@ def check_space(target: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise UserError(
-            f"{what} needs {megabytes(needed_bytes)} while it is made, but the disk of {folder} has {megabytes(free)} free. "
+            f"{what} needs {size_words(needed_bytes)} while it is made, but the disk of {folder} has {size_words(free)} free. "
             "Free some space, or export to another disk.",
             field="to",
         )
 
 
-def megabytes(count: int) -> str:
+def size_words(count: int) -> str:
     """Bytes as a person reads them."""
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 def bytes_in(folder: Path) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qlora_ui import checkpoints, isolation, progress
+from qlora_ui import checkpoints, isolation, progress, trackers
 from qlora_ui.config import RunConfig
 from qlora_ui.data import sources
 from qlora_ui.disk import telling_trouble
-from qlora_ui.errors import UserError
+from qlora_ui.errors import Busy, UserError
 from qlora_ui.events import Phase
 from qlora_ui.execution import Emit, ShouldStop, Train, engine_train, execute, keep_newest
 from qlora_ui.resuming import changed, check_goes_on, go_on
@@ -70,9 +70,12 @@ class Jobs:
         """
         self.workspace, self._train, self._make_room, self._grace_seconds = workspace, train, make_room, grace_seconds
 
-    def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
-        """Begin training and return at once. Raises UserError, leaving no folder, when it may not."""
-        run, held = self._admit(config, isolated)
+    def start(self, config: RunConfig, *, isolated: bool = False, name: str = "", facts: Mapping[str, Any] | None = None) -> Run:
+        """Begin training and return at once. Raises UserError, leaving no folder, when it may not; Busy while another run trains.
+
+        `name` is a slug, empty: as data and preset say. `facts` say in the run's config where it comes from.
+        """
+        run, held = self._admit(config, isolated, name, facts)
         self._in_background(run, held, lambda: self._carry_out(run, None, held, isolated))
         return run
 
@@ -125,6 +128,15 @@ class Jobs:
             with self._hold(run):
                 run.discard()
 
+    def lend(self, run: Run) -> Held:
+        """The device and a run, for whoever works with them without training. Raises UserError when somebody else has one of them."""
+        with telling_trouble(self.workspace.root, "try again"), self._lease() as held:
+            self._take(held, run)
+            loan = self.workspace.loan()
+            loan.acquire(timeout=1)  # whoever asks whether the device is lent may have it for a moment
+            held.take(loan)
+            return held.pop_all()
+
     def _in_background(self, run: Run, held: Held, work: Callable[[], None]) -> None:
         def holding() -> None:
             with held:
@@ -146,13 +158,15 @@ class Jobs:
         abandonable(self._make_room, should_stop)  # a chat that is still loading its model gives nothing back until it has
         self._train(run, emit, should_stop, checkpoint)
 
-    def _admit(self, config: RunConfig, isolated: bool) -> tuple[Run, Held]:
+    def _admit(self, config: RunConfig, isolated: bool, name: str = "", facts: Mapping[str, Any] | None = None) -> tuple[Run, Held]:
         """Check what can be checked in no time, take the lease, make the folder. The locks come back held."""
         sources.check(config.data.data, None)
+        trackers.check(config.schedule.trackers())
         if isolated:
             isolation.check()
         with telling_trouble(self.workspace.runs, "start again"), self._lease() as held:
-            run, lock = self.workspace.create(config, run_name(config), {name: version(name) for name in RECORDED})
+            versions = {package: version(package) for package in RECORDED}
+            run, lock = self.workspace.create(config, name or run_name(config), versions, facts)
             held.take(lock)
             return run, held.pop_all()
 
@@ -164,19 +178,22 @@ class Jobs:
             self._take(held, run)
             checkpoint = checkpoints.newest_complete(run)
             config = changed(run.config(), changes)
+            trackers.check(config.schedule.trackers())
             check_goes_on(run, config, checkpoints.step_of(checkpoint) if checkpoint else 0)
             run.forget_wishes()
             go_on(run, config, checkpoint)
             return checkpoint, held.pop_all()
 
     def _lease(self) -> Held:
-        """The device, for one training. Raises UserError when another has it."""
+        """The device, for one training. Raises Busy when another has it."""
         with Held() as held:
             try:
                 held.take(self.workspace.lease())
             except Timeout:
                 live = self.workspace.live()
-                raise UserError(f"{live.id if live else 'Another run'} is training already. Stop it or wait for its end.") from None
+                if live is None and self.workspace.is_lent():
+                    raise Busy("An export needs the device. Wait for its end, or cancel it on the Export tab.") from None
+                raise Busy(f"{live.id if live else 'Another run'} is training already. Stop it or wait for its end.") from None
             self.workspace.settle()
             return held.pop_all()
 

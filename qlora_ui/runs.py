@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import calendar
 import contextlib
-import errno
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qlora_ui.config import RunConfig
-from qlora_ui.disk import lock_file, telling_trouble
+from qlora_ui.disk import append_line, lock_file, telling_trouble
 from qlora_ui.errors import UserError
 from qlora_ui.events import AdapterSaved, Asked, CheckpointSaved, Event, Interrupted, Resumed, State, Step, Wish, decode, encode
 
@@ -27,7 +26,6 @@ DEFAULT_HOME = Path(__file__).resolve().parent.parent / "workspace"
 WISHES: tuple[Wish, ...] = ("discard", "stop", "pause")  # of several, the first is done
 DISCARDED = ".discarded-"
 TAIL_BYTES = 65536
-TORN = b" (torn)\n"  # what ends a line that was not written whole: no reader has seen it, and none will
 RESERVE_BYTES = 65536
 STAMP = "%Y%m%d-%H%M%S"
 RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,51}")
@@ -64,12 +62,30 @@ class Workspace:
     def uploads(self) -> Path:
         return self.root / "uploads"
 
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
     def lease(self) -> FileLock:
         """The lock of the device: whoever trains holds it, so that two apps on one workspace cannot train at once."""
         return lock_file(self.root / "training.lock", "start again")
 
-    def create(self, config: RunConfig, name: str, versions: Mapping[str, str]) -> tuple[Run, FileLock]:
-        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-].
+    def loan(self) -> FileLock:
+        """Held beside the lease by whoever works with the device without training."""
+        return lock_file(self.root / "loan.lock", "try again")
+
+    def is_lent(self) -> bool:
+        """Whether somebody does, in whichever process."""
+        return is_held(self.loan)
+
+    def is_busy(self) -> bool:
+        """Whether a training, or somebody else, has the device."""
+        return self.is_lent() or self.live() is not None
+
+    def create(
+        self, config: RunConfig, name: str, versions: Mapping[str, str], facts: Mapping[str, Any] | None = None
+    ) -> tuple[Run, FileLock]:
+        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-]; `facts` say where the run comes from.
 
         The run's lock is held on return, and was before the config made the folder a run: nobody can find it orphaned.
         """
@@ -78,7 +94,7 @@ class Workspace:
         try:
             lock.acquire(timeout=0)
             run.events_path.touch()
-            write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time()})
+            write_json(run.config_path, {**config.to_dict(), "versions": dict(versions), "created": time.time(), **(facts or {})})
         except BaseException:  # a full disk, say: what is no run must not stay
             lock.release()
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -187,7 +203,7 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Add what was only learned later (model revision, data fingerprint) to the written config."""
-        write_json(self.config_path, {**json.loads(self.config_path.read_text("utf-8")), **facts})
+        write_json(self.config_path, {**json.loads(self.config_path.read_text("utf-8")), **(facts or {})})
 
     def facts(self) -> dict[str, Any]:
         """The whole of `config.json`."""
@@ -200,13 +216,7 @@ class Run:
 
     def is_held(self) -> bool:
         """Whether some process trains it, or writes in it otherwise."""
-        try:
-            self.lock().acquire(timeout=0).lock.release()
-        except Timeout:
-            return True
-        except (OSError, UserError):  # gone, or closed to writing: nobody trains there
-            return False
-        return False
+        return is_held(self.lock)
 
     def ask(self, wish: Wish) -> None:
         """Ask whoever trains it, in whichever process. Twice, or after the end, is no change. Raises UserError when it cannot be asked."""
@@ -256,18 +266,7 @@ class Run:
         """Write one event. It is on its way to disk, whole, when this returns: a kill of the process cannot lose it."""
         line = encodable(encode(event) + "\n")
         self._keep_room(event)
-        descriptor = os.open(self.events_path, os.O_RDWR | os.O_APPEND)  # never made here: a deleted run stays deleted
-        try:
-            if os.lseek(descriptor, 0, os.SEEK_END):
-                os.lseek(descriptor, -1, os.SEEK_END)
-                if os.read(descriptor, 1) != b"\n":
-                    line = TORN + line  # a full disk or a power cut tore the last line: it must not swallow this one
-            if os.write(descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_path))
-            if event.state is not None:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        append_line(self.events_path, line, sync=event.state is not None)
 
     def _keep_room(self, event: Event) -> None:
         """Hold a little of the disk from the run's beginning to its end, so that it can tell its end on a full one."""
@@ -296,8 +295,13 @@ class Run:
         return [event for event in events if event is not None], offset + len(whole)
 
     def state(self) -> State:
-        """What the run is in. An end is the last thing a run says, so that the tail of the events tells."""
-        return next((event.state for event in reversed(self._tail()) if event.state is not None), "running")
+        """What the run is in."""
+        last = self.last_word()
+        return "running" if last is None or last.state is None else last.state
+
+    def last_word(self) -> Event | None:
+        """The newest event that says what the run is in. An end is the last thing a run says, so that the tail of the events tells."""
+        return next((event for event in reversed(self._tail()) if event.state is not None), None)
 
     def last_step(self) -> int:
         """Number of optimizer steps done, and not undone by going on from an earlier checkpoint."""
@@ -336,6 +340,17 @@ class Run:
         """Undo a publishing that was killed between its two renames: the result before it is the result."""
         if self._replaced.exists() and not self.adapter.exists():
             self._replaced.rename(self.adapter)
+
+
+def is_held(lock: Callable[[], FileLock]) -> bool:
+    """Whether somebody has the lock."""
+    try:
+        lock().acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    except (OSError, UserError):  # its folder is gone, or closed to writing: nobody works there
+        return False
+    return False
 
 
 def write_json(path: Path, value: Any) -> None:

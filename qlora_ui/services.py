@@ -5,91 +5,45 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from qlora_ui import checkpoints, isolation, presets, snapshots
+from qlora_ui import checkpoints, isolation, presets, queue_runner, snapshots
 from qlora_ui.config import KNOBS, RunConfig
 from qlora_ui.data import sources
-from qlora_ui.data.formats import Message
 from qlora_ui.disk import telling_trouble
-from qlora_ui.errors import UserError
-from qlora_ui.events import Event, State
+from qlora_ui.errors import Busy, UserError
+from qlora_ui.events import State
+from qlora_ui.exporting import Exporting
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
 from qlora_ui.overview import Overview
 from qlora_ui.probing import Probes
 from qlora_ui.progress import Progress, duration
+from qlora_ui.queueing import Entry, Queue
 from qlora_ui.resuming import CHANGEABLE, changed, check_goes_on
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.talking import Chat, EngineChat
+from qlora_ui.votes import Votes
 
 if TYPE_CHECKING:
-    from qlora_ui.engine.chat import ChatModel
-    from qlora_ui.engine.decoding import Answers, Sampling
     from qlora_ui.engine.hardware import Hardware
 
 T = TypeVar("T")
 
-Side = tuple[Literal["adapter", "base"], Sequence[Message]]
-"""Who is asked, and the conversation up to the question."""
+FOLDERS = re.compile(r"(?<![\w/.])[/~][^\s'\":]*/")  # of a path, all but its last name
 SILENT_SECONDS = 120.0  # more than a step takes on what most people have; a page says so then
 PARTING_SECONDS = 10.0
 DEAD_SECONDS = 3.0  # without a sign of life, after which a look asks whether the process is there at all
-
-
-class Chat(Protocol):
-    """Talks to one run at a time."""
-
-    def reply(self, run: Run, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]: ...
-
-    def release(self) -> None: ...
-
-
-class EngineChat:
-    """Keeps the model of the run that was talked to last; gives it back when a training needs the room."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._model: ChatModel | None = None
-        self._lock = threading.Lock()
-        self._wanted_back = threading.Event()
-
-    def reply(self, run: Run, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]:
-        """Stream the answers of all sides, loading the run's model first when it is another. Raises UserError."""
-        if not all(conversation[-1].content.strip() for _, conversation in sides):
-            raise UserError("The message is empty. Write a question.")
-        with self._lock:
-            live = self._workspace.live()
-            if live is not None:
-                raise UserError(f"{live.id} is training and needs the device. Chat when it has ended, or stop it.")
-            if self._model is None or self._model.run_id != run.id:
-                from qlora_ui.engine import chat
-
-                self._model = None
-                self._model = chat.ChatModel(run, emit=_ignore, should_stop=lambda: False)
-            for answers in self._model.reply(sides, sampling):
-                yield answers
-                if self._wanted_back.is_set():
-                    raise UserError("The answer was cut off: a training was started and needs the device. Ask again when it has ended.")
-
-    def release(self) -> None:
-        """End the answer that is being written, at its next token, and let go of the model."""
-        self._wanted_back.set()
-        with self._lock:
-            self._wanted_back.clear()
-            if self._model is not None:
-                from qlora_ui.engine import hardware
-
-                self._model = None
-                hardware.give_memory_back()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,15 +88,22 @@ class Services:
 
     workspace: Workspace
     jobs: Jobs
+    exporting: Exporting
     chat: Chat
+    votes: Votes
     watch: Watch
     overview: Overview
     inspector: Inspector
     probes: Probes
     hardware: Callable[[], Hardware | None]
     restart: Callable[[], None] = restart_process
+    is_public: bool = False
     _isolated: dict[str, bool] = field(default_factory=dict, init=False)
     """The runs that this process set going, and whether it did so in a process of their own."""
+
+    def told(self, error: Exception) -> str:
+        """What it says, on a page. A public one names no folder of this machine."""
+        return FOLDERS.sub("", str(error)) if self.is_public else str(error)
 
     def check_data(self, config: RunConfig) -> None:
         """Raise UserError when the data cannot be read, none of it can be kept, or none of its tokens would be trained."""
@@ -152,8 +113,18 @@ class Services:
             if seen is not None and seen.problem:
                 raise UserError(seen.problem, field="max_seq_len")
 
-    def check_asked(self, config: RunConfig) -> None:
-        """What a page asks for: its paths lie inside the workspace, its code is the owner's choice. Raises UserError."""
+    def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
+        """Start a training asked for by a page. Raises UserError when it may not."""
+        self.check_start(config)
+        self.check_free()
+        if self.workspace.live() is None and not self.workspace.is_lent():
+            _wait_for(self.workspace.lease())
+        run = self.jobs.start(config, isolated=isolated)
+        self._isolated[run.id] = isolated
+        return run
+
+    def check_start(self, config: RunConfig) -> None:
+        """Raise UserError for what a page may not start: its paths lie inside the workspace, its code is the owner's choice."""
         sources.check(config.data.data, self.workspace.root)
         if self._is_elsewhere(config.model.model):
             raise UserError(
@@ -170,25 +141,44 @@ class Services:
     def measure(self, config: RunConfig) -> None:
         """Begin to measure a step of a run like this. What is in its way is told as the probes' trouble."""
         try:
-            self.check_asked(config)
+            self.check_start(config)
             self.check_data(config)
             self.probes.begin(config)
         except UserError as error:
             self.probes.fail(config, str(error))
 
     def check_free(self) -> None:
-        """Raise UserError while a step is measured."""
+        """Raise Busy while a step is measured."""
         if self.probes.doing:
-            raise UserError("A step is being measured and has the device. Wait some seconds for its end, or cancel it.")
+            raise Busy("A step is being measured and has the device. Wait some seconds for its end, or cancel it.")
 
-    def start(self, config: RunConfig, *, isolated: bool = False) -> Run:
-        """Start a training asked for by a page. Raises UserError when it may not."""
-        self.check_asked(config)
+    def line_up(self, entries: Sequence[Entry]) -> int:
+        """Put trainings that a page asks for at the end of the queue; all of them or none. Returns how many wait then.
+
+        Raises UserError for one that surely could not begin.
+        """
+        for entry in entries:
+            assert entry.config is not None
+            self.check_start(entry.config)
+            queue_runner.check(self.workspace, entry.config, entry.isolated)
+            self.check_data(entry.config)
+        self.queue.add(entries)
+        return len(self.queue.entries())
+
+    @property
+    def queue(self) -> Queue:
+        """The trainings that wait."""
+        return Queue.of(self.workspace)
+
+    def start_queue(self) -> None:
+        """Work through the queue from now on, in a thread of this app, until it is held."""
+        queue_runner.QueueRunner(self.workspace, self._begin).start()
+
+    def _begin(self, entry: Entry) -> Run:
+        assert entry.config is not None
         self.check_free()
-        if self.workspace.live() is None:
-            _wait_for(self.workspace.lease())
-        run = self.jobs.start(config, isolated=isolated)
-        self._isolated[run.id] = isolated
+        run = self.jobs.start(entry.config, isolated=entry.isolated, name=entry.name, facts=entry.facts())
+        self._isolated[run.id] = entry.isolated
         return run
 
     def resume(self, run: Run, changes: Mapping[str, Any] | None = None, *, isolated: bool = False) -> None:
@@ -197,7 +187,7 @@ class Services:
         if live == run and not changes:
             return
         self.check_free()
-        if live is None:
+        if live is None and not self.workspace.is_lent():
             _wait_for(run.lock(), self.workspace.lease())
             with telling_trouble(run.folder):
                 run.beat()  # its last sign of life is as old as its rest
@@ -326,7 +316,9 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
     return Services(
         workspace=workspace,
         jobs=jobs,
+        exporting=Exporting(workspace, jobs, make_room=chat.release),
         chat=chat,
+        votes=Votes(workspace.root),
         watch=watch,
         overview=Overview(workspace, watch.progress),
         inspector=Inspector(workspace, workspace.root),
@@ -340,7 +332,3 @@ def _wait_for(*locks: FileLock) -> None:
     for lock in locks:
         with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=PARTING_SECONDS):
             pass
-
-
-def _ignore(event: Event) -> None:
-    """Loading for a chat tells nobody."""

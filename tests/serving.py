@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,10 +33,10 @@ def free_port() -> int:
 class Served:
     """`python app.py` over a workspace. `kill` is SIGKILL: the process gets no chance to tidy up."""
 
-    def __init__(self, home: Path, port: int | None = None) -> None:
+    def __init__(self, home: Path, port: int | None = None, flags: Sequence[str] = ()) -> None:
         self.home, self.port = home, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "app.py", "--port", str(self.port), "--home", str(home)]
+        command = [sys.executable, "app.py", "--port", str(self.port), "--home", str(home), *flags]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **ENVIRONMENT}
         )
@@ -60,8 +60,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(home: Path, port: int | None = None) -> Iterator[Served]:
-    app = Served(home, port)
+def served(home: Path, port: int | None = None, flags: Sequence[str] = ()) -> Iterator[Served]:
+    app = Served(home, port, flags)
     try:
         yield app
     finally:
@@ -78,14 +78,14 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def open_page(browser: Browser, url: str, **context: object) -> Page:
-    """A page of a new visitor, loaded until its rows are there. Errors of the page's scripts are collected in `page.faults`."""
+def open_page(browser: Browser, url: str, ready: str = "#data-summary p", **context: object) -> Page:
+    """A page of a new visitor, loaded until its rows are there, or what `ready` selects. Errors of its scripts are in `page.faults`."""
     page = browser.new_context(viewport={"width": 1280, "height": 900}, **context).new_page()
     page.set_default_timeout(30_000)
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.goto(url)
-    page.wait_for_selector("#data-summary p")
+    page.wait_for_selector(ready)
     return page
 
 

@@ -15,6 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training import chat_model
 
 from qlora_ui import jobs
 from qlora_ui.config import RunConfig
@@ -383,11 +384,11 @@ def test_a_dora_adapter_does_not_go_on_in_eight_bits(first: Run, tmp_path: Path)
 def test_base_and_adapter_answer_side_by_side_whatever_the_adapter_is(
     place: tuple[Workspace, Path], untied: str, with_biases: str, values: dict[str, Any]
 ) -> None:
-    chat = ChatModel(trained(place, max_steps=6, warmup_ratio=0, held_out_share=0, **values), lambda event: None, lambda: False)
+    chat = chat_model(trained(place, max_steps=6, warmup_ratio=0, held_out_share=0, **values))
     question = [Message(role="user", content="Question 3: which word is 3?")]
     greedy = Sampling(temperature=0, max_new_tokens=12)
-    together = list(chat.reply([("adapter", question), ("base", question)], greedy))[-1].texts
-    alone = [list(chat.reply([(side, question)], greedy))[-1].texts[0] for side in ("adapter", "base")]
+    together = list(chat.reply([(chat.speaker, question), (chat.speaker.base, question)], greedy))[-1].texts
+    alone = [list(chat.reply([(side, question)], greedy))[-1].texts[0] for side in (chat.speaker, chat.speaker.base)]
     assert list(together) == alone
     assert together[0] != together[1]
     assert together[1].rstrip("\ufffd") == plain_answer(base_of(place, **values), chat, question)

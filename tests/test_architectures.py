@@ -13,11 +13,11 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
+from training import chat_model
 from transformers.models.falcon import modeling_falcon
 
 from qlora_ui import jobs
 from qlora_ui.data.formats import Message
-from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.layers import plain_linears
 from qlora_ui.engine.train import train
@@ -82,12 +82,12 @@ def test_it_learns(run: Run) -> None:
 
 
 def test_its_base_is_in_four_bits_and_its_answers_come_from_both_sides(run: Run) -> None:
-    model = ChatModel(run, silent, never)
+    model = chat_model(run)
     layers = [module for module in model.model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) >= 2 * 4
-    (tuned,), (base,) = (list(model.reply([(side, QUESTION)], GREEDY))[-1].texts for side in ("adapter", "base"))
+    (tuned,), (base,) = (list(model.reply([(side, QUESTION)], GREEDY))[-1].texts for side in (model.speaker, model.speaker.base))
     assert tuned != base
-    both = list(model.reply([("adapter", QUESTION), ("base", QUESTION)], GREEDY))[-1]
+    both = list(model.reply([(model.speaker, QUESTION), (model.speaker.base, QUESTION)], GREEDY))[-1]
     assert both.texts == (tuned, base)
     assert both.tokens > 0
 
@@ -121,10 +121,10 @@ def test_a_mixture_of_experts_learns_and_what_it_cannot_do_is_told(place: tuple[
     assert losses(run)[-1] < losses(run)[0]
     (said,) = (event.text for event in tiny.events_of(run, Log) if "Not in 4 bits" in event.text)
     assert "gate_up_proj" in said  # transformers keeps all experts of a layer in one tensor, which it does not quantize
-    model = ChatModel(run, silent, never)
-    (tuned,), (base,) = (list(model.reply([(side, QUESTION)], GREEDY))[-1].texts for side in ("adapter", "base"))
+    model = chat_model(run)
+    (tuned,), (base,) = (list(model.reply([(side, QUESTION)], GREEDY))[-1].texts for side in (model.speaker, model.speaker.base))
     assert tuned != base
-    both = list(model.reply([("adapter", QUESTION), ("base", QUESTION)], GREEDY))[-1].texts  # one after the other
+    both = list(model.reply([(model.speaker, QUESTION), (model.speaker.base, QUESTION)], GREEDY))[-1].texts  # one after the other
     assert both == (tuned, base)
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import tiny
 from gradio_client import Client
@@ -37,6 +38,10 @@ def page(browser: Browser, app: Served) -> Iterator[Page]:
     yield opened
     assert opened.faults == []  # type: ignore[attr-defined]
     opened.context.close()
+
+
+def test_the_api_is_off_unless_it_was_asked_for(app: Served) -> None:
+    assert httpx.get(f"{app.url}/v1/models").status_code == 404
 
 
 @pytest.mark.parametrize(

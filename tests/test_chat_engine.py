@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from training import chat_model
 
 from qlora_ui import jobs
 from qlora_ui.data.formats import Message
@@ -59,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def model(run: Run) -> ChatModel:
-    return ChatModel(run, silent, never)
+    return chat_model(run)
 
 
 def last(answers: Iterator[Answers]) -> Answers:
@@ -67,7 +68,8 @@ def last(answers: Iterator[Answers]) -> Answers:
 
 
 def said(model: ChatModel, side: str, messages: list[Message] = QUESTION, sampling: Sampling = GREEDY) -> str:
-    return last(model.reply([(side, messages)], sampling)).texts[0]
+    speaker = {"adapter": model.speaker, "base": model.speaker.base}[side]
+    return last(model.reply([(speaker, messages)], sampling)).texts[0]
 
 
 def plainly(run: Run, model: ChatModel, messages: list[Message]) -> str:
@@ -82,13 +84,16 @@ def plainly(run: Run, model: ChatModel, messages: list[Message]) -> str:
     return str(model.tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "generate"]
+def wait_for_its_end() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "answer":
+            thread.join(timeout=5)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("messages", [QUESTION, OTHER])
 def test_the_base_side_of_a_pair_is_the_plain_model(run: Run, model: ChatModel, messages: list[Message]) -> None:
-    both = last(model.reply([("adapter", messages), ("base", messages)], GREEDY)).texts
+    both = last(model.reply([(model.speaker, messages), (model.speaker.base, messages)], GREEDY)).texts
     assert both[1] == plainly(run, model, messages)
     assert both[0] != both[1]
 
@@ -96,20 +101,20 @@ def test_the_base_side_of_a_pair_is_the_plain_model(run: Run, model: ChatModel, 
 def test_each_side_of_a_pair_answers_as_it_does_alone_also_in_the_other_order(model: ChatModel) -> None:
     alone = (said(model, "adapter"), said(model, "base"))
     assert alone[0].startswith("The answer is")
-    assert last(model.reply([("adapter", QUESTION), ("base", QUESTION)], GREEDY)).texts == alone
-    assert last(model.reply([("base", QUESTION), ("adapter", QUESTION)], GREEDY)).texts == (alone[1], alone[0])
+    assert last(model.reply([(model.speaker, QUESTION), (model.speaker.base, QUESTION)], GREEDY)).texts == alone
+    assert last(model.reply([(model.speaker.base, QUESTION), (model.speaker, QUESTION)], GREEDY)).texts == (alone[1], alone[0])
     assert (said(model, "adapter"), said(model, "base")) == alone
 
 
 def test_conversations_of_different_length_share_a_batch(model: ChatModel) -> None:
-    assert last(model.reply([("adapter", OTHER), ("adapter", QUESTION)], GREEDY)).texts == (
+    assert last(model.reply([(model.speaker, OTHER), (model.speaker, QUESTION)], GREEDY)).texts == (
         said(model, "adapter", OTHER),
         said(model, "adapter", QUESTION),
     )
 
 
 def test_an_answer_only_grows_and_counts_its_tokens(model: ChatModel) -> None:
-    seen = list(model.reply([("adapter", QUESTION)], GREEDY))
+    seen = list(model.reply([(model.speaker, QUESTION)], GREEDY))
     assert len(seen) > 5
     for before, after in itertools.pairwise(seen):
         assert after.texts[0].startswith(before.texts[0])
@@ -122,9 +127,9 @@ def test_an_answer_only_grows_and_counts_its_tokens(model: ChatModel) -> None:
 
 def test_an_answer_ends_with_its_turn_in_the_runs_own_prompt_format(tiny_workspace: Workspace, rows: Path) -> None:
     run = learned(tiny_workspace, rows, prompt_format="guanaco", max_steps=30, eval_steps=100, save_steps=100)
-    model = ChatModel(run, silent, never)
+    model = chat_model(run)
     assert tokens.prompt(model.tokenizer, QUESTION) == "### Human: Question 3: which word is 3?\n### Assistant:"
-    answers = last(model.reply([("adapter", QUESTION)], Sampling(temperature=0, max_new_tokens=400)))
+    answers = last(model.reply([(model.speaker, QUESTION)], Sampling(temperature=0, max_new_tokens=400)))
     assert answers.texts[0].startswith("The answer is")  # without the format's blank, which the next turn would double
     assert "#" not in answers.texts[0]
     assert answers.tokens < 400
@@ -143,13 +148,12 @@ def test_closing_the_answer_ends_the_generation(model: ChatModel) -> None:
         drawn += 1
 
     hook = model.model.get_base_model().lm_head.register_forward_pre_hook(count)
-    answers = model.reply([("base", QUESTION), ("base", OTHER)], Sampling(temperature=1, max_new_tokens=400))
+    answers = model.reply([(model.speaker.base, QUESTION), (model.speaker.base, OTHER)], Sampling(temperature=1, max_new_tokens=400))
     next(answers)
-    assert threads() == ["generate"]
     begun = drawn
     answers.close()  # type: ignore[attr-defined]
+    wait_for_its_end()
     hook.remove()
-    assert threads() == []
     assert drawn - begun <= 2
     assert said(model, "adapter").startswith("The answer is")
 
@@ -167,10 +171,10 @@ def test_an_error_while_generating_is_raised_and_the_next_answer_is_right(model:
     hook = model.model.get_base_model().lm_head.register_forward_pre_hook(break_at_the_third_token)
     seen = []
     with pytest.raises(RuntimeError, match="the device fell over"):
-        seen.extend(model.reply([("adapter", QUESTION), ("base", QUESTION)], GREEDY))
+        seen.extend(model.reply([(model.speaker, QUESTION), (model.speaker.base, QUESTION)], GREEDY))
     hook.remove()
     assert len(seen) == 2
-    assert threads() == []
+    wait_for_its_end()
     assert said(model, "adapter") == expected
 
 
@@ -192,7 +196,7 @@ def test_a_conversation_longer_than_the_model_reads_is_refused_and_a_long_one_ge
     asked = [Message(role="user", content="x" * 470)]
     room = 512 - len(model.tokenizer(tokens.prompt(model.tokenizer, asked))["input_ids"])
     assert 0 < room < 40
-    assert last(model.reply([("base", asked)], Sampling(temperature=1, max_new_tokens=400))).tokens <= room
+    assert last(model.reply([(model.speaker.base, asked)], Sampling(temperature=1, max_new_tokens=400))).tokens <= room
 
 
 @pytest.mark.parametrize(
@@ -218,7 +222,7 @@ def test_a_sampling_value_out_of_bounds_is_refused_with_its_name(name: str, valu
 def test_a_run_without_an_adapter_cannot_be_talked_to(tiny_workspace: Workspace) -> None:
     run = tiny.tiny_run(tiny_workspace, "rows.json")
     with pytest.raises(UserError, match=f"{run.id} has no adapter yet") as caught:
-        ChatModel(run, silent, never)
+        chat_model(run)
     assert caught.value.field == "run"
 
 
@@ -229,4 +233,4 @@ def test_only_safetensors_are_read(run: Run, tmp_path: Path, tiny_workspace: Wor
         (other.adapter / name).write_bytes((run.adapter / name).read_bytes())
     torch.save({}, other.adapter / "adapter_model.bin")
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
-        ChatModel(other, silent, never)
+        chat_model(other)

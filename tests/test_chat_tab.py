@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 from playwright.sync_api import Browser, Page, expect
 from serving import go, open_page, served
-from training import trained
+from training import chat_model, trained
 
 from qlora_ui.data.formats import Message
 from qlora_ui.engine.chat import ChatModel
@@ -31,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def model(run: Run) -> ChatModel:
-    return ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
+    return chat_model(run)
 
 
 def turns(*said: str) -> list[Message]:
@@ -40,17 +42,17 @@ def turns(*said: str) -> list[Message]:
 
 def test_the_oldest_turns_leave_a_full_context_aloud_and_the_system_prompt_stays(model: ChatModel) -> None:
     long = [Message(role="system", content="Be brief."), *turns("a" * 200, "b" * 200, "c" * 100, "d" * 100, "last question")]
-    *_, answers = model.reply([("adapter", long)], Sampling(temperature=0, max_new_tokens=20))
+    *_, answers = model.reply([(model.speaker, long)], Sampling(temperature=0, max_new_tokens=20))
     assert (answers.left_out, answers.context_limit) == (2, 512)
     assert answers.context <= 512 - 20
     short = [long[0], *long[3:]]
-    *_, expected = model.reply([("adapter", short)], Sampling(temperature=0, max_new_tokens=20))
+    *_, expected = model.reply([(model.speaker, short)], Sampling(temperature=0, max_new_tokens=20))
     assert (answers.texts, expected.left_out) == (expected.texts, 0)
 
 
 def test_top_k_of_one_is_greedy_and_a_repetition_penalty_changes_the_answer(model: ChatModel) -> None:
     def said(**values: float) -> str:
-        *_, last = model.reply([("adapter", turns("Question 3"))], Sampling(max_new_tokens=24, **values))  # type: ignore[arg-type]
+        *_, last = model.reply([(model.speaker, turns("Question 3"))], Sampling(max_new_tokens=24, **values))  # type: ignore[arg-type]
         return last.texts[0]
 
     greedy = said(temperature=0)
@@ -67,6 +69,10 @@ def spoken(page: Page, column: str = "#chat-tuned") -> list[str]:
 def ask(page: Page, words: str) -> None:
     page.locator("#chat-input textarea").fill(words)
     page.locator("#chat-send").click()
+    answered(page)
+
+
+def answered(page: Page) -> None:
     expect(page.locator("#chat-note")).to_contain_text("tokens/s", timeout=MINUTE)
     expect(page.locator("#chat-send")).to_be_enabled(timeout=MINUTE)
 
@@ -76,7 +82,6 @@ def test_a_conversation_is_retried_changed_taken_back_kept_over_a_reload_and_tak
     with served(run.workspace.root) as app:
         page = open_page(browser, app.url)
         go(page, "Chat")
-        page.get_by_role("button", name="System prompt and sampling").click()
         ask(page, "Question 1")
         expect(page.locator("#chat-note")).to_contain_text("of 512")
         expect(page.locator("#chat-note")).to_contain_text("seed 0")
@@ -106,10 +111,62 @@ def test_a_conversation_is_retried_changed_taken_back_kept_over_a_reload_and_tak
         with page.expect_download() as taken:
             page.locator("#chat-json").click()
         written = json.loads(Path(taken.value.path()).read_text("utf-8"))
-        assert written["run"] == run.id
+        assert written["speaker"] == run.id
         assert [turn["role"] for turn in written["tuned"]] == ["user", "assistant"]
 
         column.get_by_label("Undo").last.click()
         expect(page.locator("#chat-input textarea")).to_have_value("Question 2")
         expect(column.locator(".user")).to_have_count(0)
         assert page.faults == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.browser
+def test_examples_conversations_and_speakers_are_chosen_and_an_adapter_is_brought_in_a_zip(
+    browser: Browser, run: Run, tmp_path: Path
+) -> None:
+    archive = shutil.make_archive(str(tmp_path / "mine"), "zip", run.adapter)
+    with served(run.workspace.root) as app:
+        page = open_page(browser, app.url)
+        go(page, "Chat")
+        column, kept, who = page.locator("#chat-tuned"), page.locator("#chat-kept input"), page.locator("#run-select input")
+        expect(column.locator(".example")).to_have_count(9)
+        column.locator(".example").filter(has_text="Fermi").click()
+        expect(column.locator(".user").first).to_contain_text("piano keys")
+        answered(page)
+        expect(kept).to_have_value(re.compile("About how many piano keys"))
+
+        choose(page, "#run-select", f"{run.id} · step 2")  # a conversation of its own
+        expect(column.locator(".user")).to_have_count(0)
+        expect(kept).to_have_value("New conversation")
+        expect(page.locator("#chat-about")).to_contain_text("An adapter on tiny in 4 bits (NF4)")
+        ask(page, "Who are you?")
+        expect(kept).to_have_value("Who are you?")
+
+        page.get_by_role("button", name="Bring an adapter or a model").click()
+        page.locator("#bring-kind").get_by_text("Adapter in a zip").click()
+        page.locator("#bring-file input[type=file]").set_input_files(archive)
+        expect(page.locator("#bring-file")).to_contain_text("mine.zip")
+        page.locator("#bring-press").click()
+        expect(who).to_have_value(re.compile("^mine-"))
+        expect(column.locator(".user")).to_have_count(0)
+        ask(page, "And you?")
+
+        page.reload()
+        go(page, "Chat")
+        expect(who).to_have_value(re.compile("^mine-"))
+        expect(column.locator(".user").first).to_contain_text("And you?")
+        page.locator("#chat-kept input").click()
+        expect(page.get_by_role("option")).to_have_text([re.compile(words) for words in ("New", "And you", "Who are", "About how")])
+        page.get_by_role("option", name="Who are you?").click()
+        expect(who).to_have_value(f"{run.id} · step 2")
+        expect(column.locator(".user").first).to_contain_text("Who are you?")
+        page.locator("#chat-delete").click()
+        expect(column.locator(".user")).to_have_count(0)
+        page.locator("#chat-kept input").click()
+        expect(page.get_by_role("option")).to_have_count(3)
+        assert page.faults == []  # type: ignore[attr-defined]
+
+
+def choose(page: Page, select: str, option: str) -> None:
+    page.locator(f"{select} input").click()
+    page.get_by_role("option", name=option).click()

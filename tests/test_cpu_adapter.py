@@ -63,6 +63,34 @@ def test_logits_and_gradients_are_those_of_peft(tiny_workspace: Workspace, dtype
     assert max(far(its_gradients[name], gradients[name]) for name in gradients) < apart
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_kept_out_of_their_4_bits_change_no_bit_and_are_not_saved(tiny_workspace: Workspace, dtype: str) -> None:
+    model = adapted(tiny_workspace, compute_dtype=dtype, lora_dropout=0.2)
+    cpu_adapter.compute_at_once(model)
+    before, saved = computed(model, dtype), set(model.state_dict())
+    cpu_adapter.keep_plain(model)
+    kept = [getattr(layer.base_layer, cpu_adapter.KEPT) for layer in cpu_adapter.adapted_layers(model)]
+    after = computed(model, dtype)
+    assert sum(weights.nbytes for weights in kept) == cpu_adapter.plain_bytes(model) > 0
+    assert {weights.dtype for weights in kept} == {getattr(torch, dtype)}
+    assert torch.equal(after[0], before[0])
+    assert all(torch.equal(after[1][name], gradient) for name, gradient in before[1].items())
+    assert set(model.state_dict()) == saved
+
+
+@pytest.mark.parametrize(("free_gib", "is_kept"), [(16.0, True), (1e-6, False)])
+def test_weights_are_kept_out_of_their_4_bits_where_memory_allows_and_the_log_says_so(
+    tiny_workspace: Workspace, monkeypatch: pytest.MonkeyPatch, free_gib: float, is_kept: bool
+) -> None:
+    model, told = adapted(tiny_workspace), []
+    monkeypatch.setattr(step_plan, "free_memory_gib", lambda: free_gib)
+    step_plan.choose_plain_weights(model, told.append)
+    assert [hasattr(layer.base_layer, cpu_adapter.KEPT) for layer in cpu_adapter.adapted_layers(model)] == [is_kept] * 14
+    assert [event.text for event in told] == (
+        ["The 4-bit weights are kept out of their 4 bits too: 0.00 of the 16.0 GiB that are free"] * is_kept
+    )
+
+
 def test_a_layer_with_a_bias_keeps_it_frozen_or_learned(tiny_workspace: Workspace) -> None:
     tiny.tiny_model_with_biases(tiny_workspace.models / "biased")
     for bias in ("none", "all"):

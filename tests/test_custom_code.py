@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from training import chat_model
 
 from qlora_ui import jobs, presets
 from qlora_ui.config import RunConfig
 from qlora_ui.data.formats import Message
-from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.train import train
 from qlora_ui.errors import UserError
@@ -73,8 +73,8 @@ def test_code_runs_where_the_owner_allows_it_and_the_log_says_so(workspace: Work
     def silent(event: Event) -> None:
         pass
 
-    model = ChatModel(run, silent, lambda: False)
-    answers = list(model.reply([("adapter", [Message(role="user", content="Hi")])], Sampling(max_new_tokens=3)))
+    model = chat_model(run)
+    answers = list(model.reply([(model.speaker, [Message(role="user", content="Hi")])], Sampling(max_new_tokens=3)))
     assert answers[-1].tokens > 0
 
 

@@ -183,6 +183,7 @@ SEEN: dict[str, tuple[Any, Look] | tuple[Any, Look, dict[str, Any]]] = {
     "early_stopping_patience": (1, told, {"max_steps": 4, "eval_steps": 1, "learning_rate": 1.0}),
     "keep": ("best", told, {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "learning_rate": 1.0}),
     "sample_every": (1, told, {"max_steps": 1}),
+    "report_to": ("tensorboard", told, {"max_steps": 1}),
     "sample_prompts": ("Hello?", told, {"max_steps": 1, "sample_every": 1}),
 }
 

@@ -22,13 +22,12 @@ import torch
 import training
 from peft import PeftModel
 from PIL import Image
-from training import Watched, never, silent
+from training import Watched, chat_model, never, silent
 
 from qlora_ui import exports
 from qlora_ui.cli import main
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import export_merged
-from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.export import export
 from qlora_ui.engine.logits import logits
@@ -116,14 +115,14 @@ def said_by(run: Run, adapter: Path) -> tuple[torch.Tensor, str]:
         run = Run(folder=Path(shutil.copytree(run.folder, run.workspace.runs / "20200101-000000-copy")))
         shutil.rmtree(run.adapter)
         shutil.copytree(run.folder / adapter.name, run.adapter)
-    chat = ChatModel(run, lambda event: None, lambda: False)
+    chat = chat_model(run)
     asked = [Message(role="user", content=ASKED)]
     text = chat.tokenizer.apply_chat_template([{"role": "user", "content": ASKED}], tokenize=False, add_generation_prompt=True)
     ids = chat.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     more = {"decoder_input_ids": ids} if chat.model.config.is_encoder_decoder else {}
     with torch.no_grad():
         said: torch.Tensor = chat.model(ids, **more).logits[0]
-    *_, last = chat.reply([("adapter", asked)], Sampling(temperature=0, max_new_tokens=24))
+    *_, last = chat.reply([(chat.speaker, asked)], Sampling(temperature=0, max_new_tokens=24))
     if run.id.endswith("copy"):
         shutil.rmtree(run.folder)
     return said, last.texts[0].strip()
@@ -228,7 +227,7 @@ def test_the_script_and_the_merged_model_answer_as_the_run_does_and_end_where_it
     assert taken["folder"].answer == taken["folder"].trained_answer != ""
     assert taken["merged"].answer[:20] == taken["merged"].trained_answer[:20] != ""
     generation = json.loads((taken["new tokens"].path / "generation_config.json").read_text())
-    tokenizer = ChatModel(taken["new tokens"].run, lambda event: None, lambda: False)
+    tokenizer = chat_model(taken["new tokens"].run)
     assert generation["eos_token_id"] == tokenizer.end_ids
     assert generation["pad_token_id"] == tokenizer.tokenizer.convert_tokens_to_ids("<|fill|>")
 

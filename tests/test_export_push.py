@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import constants
+from test_exporting import wait_for_exports
 from training import Watched, never
 
-from qlora_ui import exports
+from qlora_ui import exported, exporting, exports
 from qlora_ui.cli import main
 from qlora_ui.engine import push
 from qlora_ui.errors import UserError
+from qlora_ui.jobs import Jobs
+from qlora_ui.runs import Run, Workspace
 
 TOKEN = "hf_" + "secret" * 5
 COMMIT = "c" * 40
@@ -130,7 +134,7 @@ def test_what_stands_in_the_way_of_a_push_is_one_sentence_within_five_seconds(hu
     assert "Write it as owner/name." in refusal("guanaco")
     assert "no name on the Hub" in refusal("me/gua naco")
     hub.refuses = 401
-    assert refusal() == "Nothing was exported: the Hub refuses the token. Give one that may write there, in HF_TOKEN."
+    assert refusal() == "Nothing was exported: the Hub refuses the token. Give one that may write there."
     hub.refuses, seconds = 0, push.ANSWER_SECONDS
     hub.let_go.clear()
     monkeypatch.setattr(push, "ANSWER_SECONDS", 0.2)
@@ -159,3 +163,21 @@ def test_the_licence_of_a_base_on_the_hub_is_asked_for(hub: Hub) -> None:
 def test_a_folder_that_chats_is_not_pushed(finished: Watched) -> None:
     with pytest.raises(UserError, match="--push is for --adapter and --merged"):
         exports.plan(finished.run, "folder", "out", repository="me/guanaco")
+
+
+def test_a_token_that_was_typed_is_used_and_is_in_no_file_and_no_word(
+    finished: Watched, tiny_workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    run = Run(folder=Path(shutil.copytree(finished.run.folder, tiny_workspace.runs / finished.run.id)))
+    maker = exporting.Exporting(tiny_workspace, Jobs(tiny_workspace))
+    maker.start(exporting.into_workspace(run, "adapter", repository="me/guanaco", private=False), TOKEN)
+    wait_for_exports()
+    assert maker.job is not None
+    assert (maker.job.stand, maker.job.log[-1]) == ("done", f"Pushed: commit {COMMIT[:12]}")
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert hub.made.get("private") is False or hub.made.get("visibility") == "public"
+    assert exported.past(tiny_workspace)[maker.job.name].pushed.endswith("/me/guanaco")
+    written = [path.read_bytes() for path in tiny_workspace.root.rglob("*") if path.is_file()]
+    assert not [content for content in written if TOKEN.encode() in content]
+    assert TOKEN not in repr(maker.job) + "".join(capfd.readouterr())

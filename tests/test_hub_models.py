@@ -201,9 +201,9 @@ def test_a_model_in_the_workspace_comes_first_and_the_hub_is_not_asked(workspace
         ("o/nowhere", "The Hub has no model 'o/nowhere' at revision 'main', or it is private. Check the spelling, or set HF_TOKEN."),
         ("o/private", "The Hub has no model 'o/private' at revision 'main', or it is private. Check the spelling, or set HF_TOKEN."),
         ("o/gated", "o/gated is gated: accept its licence on its Hub page and set HF_TOKEN to your token."),
-        ("o/bad-token", "HTTP status 401. Check that HF_TOKEN is a valid token that may read it, or use a model on this machine."),
-        ("o/forbidden", "HTTP status 403. Check that HF_TOKEN is a valid token that may read it, or use a model on this machine."),
-        ("o/busy", "o/busy could not be fetched: the Hugging Face Hub answered with HTTP status 503. Try again later, or use a model"),
+        ("o/bad-token", "HTTP status 401. Check that HF_TOKEN is a valid token that may read it, or use one on this machine."),
+        ("o/forbidden", "HTTP status 403. Check that HF_TOKEN is a valid token that may read it, or use one on this machine."),
+        ("o/busy", "o/busy could not be fetched: the Hugging Face Hub answered with HTTP status 503. Try again later, or use one"),
         ("o/limited", "HTTP status 400. Try again later"),
         ("o/pickled", "o/pickled has no safetensors weights; other formats can run code when loaded. Choose another model."),
     ],
@@ -219,7 +219,7 @@ def test_a_revision_that_is_not_there_is_told_with_its_name(workspace: Workspace
 def test_a_hub_out_of_reach_is_told_at_once(workspace: Workspace, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, CLOSED)
     assert refusal(workspace, "o/good") == (
-        "o/good could not be fetched: the Hugging Face Hub cannot be reached. Check the connection, or use a model on this machine."
+        "o/good could not be fetched: the Hugging Face Hub cannot be reached. Check the connection, or use one on this machine."
     )
 
 

@@ -13,7 +13,7 @@ from test_memory_shapes import small
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from qlora_ui.config import OPTIMIZERS, RunConfig
-from qlora_ui.engine import cpu
+from qlora_ui.engine import cpu, cpu_adapter
 from qlora_ui.engine.adapter import add_adapter
 from qlora_ui.engine.batches import packed
 from qlora_ui.engine.hardware import detect
@@ -21,7 +21,7 @@ from qlora_ui.engine.layers import measure_storage
 from qlora_ui.engine.model import Found, load_quantized
 from qlora_ui.errors import UserError
 from qlora_ui.memory.activations import Batch, copy_bytes, layer_bytes
-from qlora_ui.memory.forecast import base_bytes
+from qlora_ui.memory.forecast import base_bytes, plain_bytes
 from qlora_ui.memory.shapes import ModelShape, read_shape
 from qlora_ui.memory.trained import Trained, optimizer_bytes, trained_tensors
 from qlora_ui.model_configs import shipped
@@ -65,6 +65,17 @@ def test_the_base_takes_the_bytes_that_are_forecast(built: dict[str, Path], name
     unquantized = [p for p in base.parameters() if not (hasattr(p, "quant_state") or hasattr(p, "SCB"))]
     assert whole == sum(parameter.nbytes for parameter in unquantized)
     assert weights + constants == (0 if values.get("quant_bits") == 16 else measure_storage(base).bytes)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"compute_dtype": "bfloat16"}, {"target_modules": "attention"}, {"use_dora": True}, {"quant_bits": 8}]
+)
+def test_weights_kept_out_of_their_4_bits_take_the_bytes_that_are_forecast(built: dict[str, Path], values: dict[str, Any]) -> None:
+    base, shape, config = quantized(built["llama"], **values)
+    size = cpu_adapter.plain_bytes(add_adapter(base, config.adapter, 0))
+    dtype_bytes = 2 if "compute_dtype" in values else 4
+    assert plain_bytes(shape, config, dtype_bytes, free_bytes=10 * size) == size
+    assert plain_bytes(shape, config, dtype_bytes, free_bytes=10 * size - 1) == 0
 
 
 def test_four_bits_take_what_the_paper_says() -> None:

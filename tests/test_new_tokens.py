@@ -13,13 +13,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from training import chat_model
 
 from qlora_ui import jobs
 from qlora_ui.config import QuantizationConfig
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
 from qlora_ui.engine.adapter import load_adapter
-from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, load_quantized, make_room
@@ -76,7 +76,7 @@ def base_of(run: Run) -> Any:
 
 
 def test_the_tokens_are_in_the_saved_tokenizer_each_as_one_id(finished: Trained) -> None:
-    tokenizer = ChatModel(finished.run, lambda event: None, lambda: False).tokenizer
+    tokenizer = chat_model(finished.run).tokenizer
     assert tokenizer("<|fill|><|think|><|end|>")["input_ids"] == [finished.old, finished.old + 1, finished.old + 2]
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|fill|>", "<|end|>")
     assert tokenizer.decode(tokenizer("<|think|>yes<|end|>")["input_ids"], skip_special_tokens=True) == "yes"
@@ -168,7 +168,7 @@ print(json.dumps({"told": told, "ours": [name for name in sys.modules if name.st
 def test_plain_peft_in_a_fresh_process_computes_the_same(both: dict[bool, Trained], tmp_path: Path) -> None:
     asked, expected = [], []
     for finished in both.values():
-        chat = ChatModel(finished.run, lambda event: None, lambda: False)
+        chat = chat_model(finished.run)
         text = tokens.prompt(chat.tokenizer, [Message(role="user", content=ASKED)]) + "<|think|>The answer is<|end|>"
         ids = chat.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -190,7 +190,7 @@ def test_the_lines_of_python_on_the_card_compute_the_same(finished: Trained, mon
     monkeypatch.chdir(finished.run.adapter)
     made: dict[str, Any] = {}
     exec(lines.replace(repr(tiny.NAME), repr(base)), made)
-    chat = ChatModel(finished.run, lambda event: None, lambda: False)
+    chat = chat_model(finished.run)
     ids = chat.tokenizer("<|think|>The answer is<|end|>", return_tensors="pt")["input_ids"]
     assert made["tokenizer"]("<|think|>The answer is<|end|>", return_tensors="pt")["input_ids"].equal(ids)
     for module in made["model"].modules():
@@ -200,15 +200,15 @@ def test_the_lines_of_python_on_the_card_compute_the_same(finished: Trained, mon
 
 
 def test_the_chat_stops_at_the_new_end_token_and_answers_from_both_sides(finished: Trained) -> None:
-    chat = ChatModel(finished.run, lambda event: None, lambda: False)
+    chat = chat_model(finished.run)
     assert chat.end_ids == [finished.old + 2]
     asked = [Message(role="user", content=ASKED)]
-    *_, last = chat.reply([("base", asked), ("adapter", asked)], Sampling(temperature=0, max_new_tokens=48))
+    *_, last = chat.reply([(chat.speaker.base, asked), (chat.speaker, asked)], Sampling(temperature=0, max_new_tokens=48))
     base, adapter = last.texts
     assert base != adapter
     for event in (event for event in tiny.events_of(finished.run, Sample) if event.step == 6):
         asked = [Message(role="user", content=event.prompt)]
-        *_, last = chat.reply([("base", asked), ("adapter", asked)], Sampling(temperature=0, max_new_tokens=48))
+        *_, last = chat.reply([(chat.speaker.base, asked), (chat.speaker, asked)], Sampling(temperature=0, max_new_tokens=48))
         for text, sampled in zip(last.texts, (event.base, event.adapter), strict=True):
             assert sampled.startswith(text.strip().rstrip("\ufffd"))  # the chat waits for the other bytes of a torn character
             assert len(text) > 10
@@ -231,8 +231,8 @@ def test_a_layer_that_is_trained_as_a_whole_has_the_new_rows_in_it(tmp_path: Pat
     saved = load_file(run.run.adapter / "adapter_model.safetensors")
     assert {len(saved[name]) for name in saved if "lora_" not in name} == ({run.old + 3} if tied else {run.old + 3, 3})
     told = tiny.events_of(run.run, Sample)[-1]
-    chat = ChatModel(run.run, lambda event: None, lambda: False)
-    *_, last = chat.reply([("adapter", [Message(role="user", content=told.prompt)])], Sampling(temperature=0, max_new_tokens=48))
+    chat = chat_model(run.run)
+    *_, last = chat.reply([(chat.speaker, [Message(role="user", content=told.prompt)])], Sampling(temperature=0, max_new_tokens=48))
     assert told.adapter.startswith(last.texts[0].strip().rstrip("\ufffd"))
 
 

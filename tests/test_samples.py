@@ -10,12 +10,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from training import chat_model
 
 from qlora_ui import jobs
 from qlora_ui.data.checks import Conversation
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import samples, tokens
-from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.train import train
 from qlora_ui.events import Event, HeldOut, Sample, Step, Stopped
@@ -67,10 +67,10 @@ def test_the_base_answers_the_same_at_every_step_and_the_untrained_adapter_as_it
 
 
 def test_the_last_samples_are_what_the_chat_answers(sampled: Run) -> None:
-    model = ChatModel(sampled, lambda event: None, lambda: False)
+    model = chat_model(sampled)
     for event in (event for event in tiny.events_of(sampled, Sample) if event.step == 5):
         asked = [Message(role="user", content=event.prompt)]
-        sides = [("base", asked), ("adapter", asked)]
+        sides = [(model.speaker.base, asked), (model.speaker, asked)]
         *_, last = model.reply(sides, Sampling(temperature=0, max_new_tokens=samples.ANSWER_TOKENS))
         for text, sampled_text in zip(last.texts, (event.base, event.adapter), strict=True):
             assert sampled_text.startswith(text.strip().rstrip("\ufffd"))  # the chat waits for the other bytes of a torn character

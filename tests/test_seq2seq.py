@@ -11,13 +11,13 @@ import pytest
 import tiny
 import torch
 from peft import PeftConfig
+from training import chat_model
 
 from qlora_ui import jobs
 from qlora_ui.data import checks
 from qlora_ui.data.checks import Conversation
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import seq2seq, tokens
-from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.decoding import Sampling
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import find_here, load_quantized, load_tokenizer
@@ -178,10 +178,10 @@ def test_plain_text_is_refused_with_its_row(tokenizer: Any) -> None:
 
 def test_chat_asks_as_training_did(place: tuple[Workspace, Path]) -> None:
     run = trained(place, max_steps=30, micro_batch_size=4, learning_rate=0.02, warmup_ratio=0, eval_steps=100, save_steps=100)
-    model = ChatModel(run, silent, never)
+    model = chat_model(run)
     question = TALK[:1]
     assert tokens.prompt(model.tokenizer, question) == "<|im_start|>user\nQuestion one?<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
-    answers = list(model.reply([("adapter", question)], Sampling(temperature=0, max_new_tokens=12)))[-1]
+    answers = list(model.reply([(model.speaker, question)], Sampling(temperature=0, max_new_tokens=12)))[-1]
     asked = model.tokenizer(tokens.prompt(model.tokenizer, question), add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         plain = model.model.generate(**asked, do_sample=False, max_new_tokens=12, eos_token_id=model.end_ids)[0, 1:]

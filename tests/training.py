@@ -8,9 +8,10 @@ from typing import Any
 
 import tiny
 
-from qlora_ui import jobs
+from qlora_ui import jobs, speakers
 from qlora_ui.engine import tokens
 from qlora_ui.engine.adapter import add_adapter
+from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import Found, find_here, load_quantized, load_tokenizer
 from qlora_ui.engine.train import encode, make_trainer, read_rows, train
@@ -31,6 +32,11 @@ def trained(workspace: Workspace, data: Path, **values: Any) -> Run:
     run = tiny.tiny_run(workspace, data, **values)
     jobs.execute(run, train)
     return run
+
+
+def chat_model(run: Run) -> ChatModel:
+    """The model of a run's adapter, ready to answer."""
+    return ChatModel(speakers.of_run(run), run.workspace.models, silent, never)
 
 
 def logged(run: Run, level: str = "warning") -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import ParamWrapper
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from qlora_ui.config import AdapterConfig, RunConfig
@@ -155,25 +155,50 @@ def _differences(base: Any, adapter: AdapterConfig, written: LoraConfig) -> list
 
 
 def mixes(model: PeftModel) -> bool:
-    """Whether PEFT can answer with and without the adapter in one batch.
+    """Whether PEFT can answer with each of the adapters and without one in one batch.
 
-    Not with DoRA, trained biases, a norm trained fully, or adapters on the bare weights of a mixture of experts.
+    Not with DoRA, trained biases, a norm trained fully, or adapters on the bare weights of a mixture of experts. Of several adapters
+    none may have layers or tokens of its own that are trained as they are: PEFT leaves them out where the active adapter has none.
     """
     if any(isinstance(module, ParamWrapper) for module in model.modules()):
         return False
-    config = model.peft_config["default"]
+    configs = model.peft_config.values()
+    own = [module.original_module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     whole = [module.original_module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     return (
-        config.bias == "none" and not config.use_dora and all(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in whole)
+        all(config.bias == "none" and not config.use_dora for config in configs)
+        and all(isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) for module in whole)
+        and (len(configs) == 1 or not own)
     )
 
 
-def load_adapter(base: Any, folder: Path) -> PeftModel:
-    """A saved adapter on its base, for answering. Only safetensors are read. Raises UserError when there are none."""
+def load_adapter(base: Any, folder: Path, name: str = "default") -> PeftModel:
+    """A saved adapter on its base, or on one that has others, for answering. Only safetensors are read.
+
+    Raises UserError when there are none, or they do not fit the base, which is spoiled then.
+    """
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no adapter_model.safetensors. Choose a run whose adapter was saved.", field="run")
-    model = PeftModel.from_pretrained(base, folder, is_trainable=False)
+    try:
+        if isinstance(base, PeftModel):
+            base.load_adapter(folder, adapter_name=name, is_trainable=False)
+            model = base
+        else:
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=False)
+        needed = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+        with safe_open(folder / WEIGHTS, framework="pt") as saved:
+            there = set(saved.keys())
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise _misfit(folder, str(error).splitlines()[-1]) from error
+    if missing := needed - there:  # PEFT would leave them as they are drawn
+        raise _misfit(folder, f"it lacks {len(missing)} of its weights")
+    if unknown := [name for name in there - needed if "lora_" in name]:
+        raise _misfit(folder, f"{len(unknown)} of its weights are for layers that the model does not have")
     return model.eval()
+
+
+def _misfit(folder: Path, reason: str) -> UserError:
+    return UserError(f"The adapter {folder.name} does not fit this base model: {reason.strip(' .')}. Choose another.", field="adapter")
 
 
 def load_weights(model: PeftModel, checkpoint: Path) -> None:

@@ -1,7 +1,7 @@
 """A 4-bit layer and its LoRA adapter computed at once on a CPU, where PEFT's way moves more than it multiplies. Knows nothing of configs.
 
 Besides the two products with the base's weights, PEFT's way is eight operations on tensors of the size of the layer's input or
-output; here they are three.
+output; here they are three. Where memory allows, the weights are kept out of their 4 bits as well, as they are computed with.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from qlora_ui.engine import cpu
 
+KEPT = "weights_out_of_4_bits"
 WIDTHS = {2: torch.int16, 4: torch.int32}
 
 
@@ -36,7 +37,7 @@ class AdaptedProduct(torch.autograd.Function):
         through = (gradient @ b).mul_(ctx.scale)
         for_down = through.t() @ left(rows, kept)
         for_up = (gradient.t() @ narrow).float().mul_(ctx.scale)
-        for_rows = left(through @ a, kept).addmm_(gradient, plain(ctx.base, rows.dtype)) if ctx.needs_input_grad[0] else None
+        for_rows = left_(through @ a, kept).addmm_(gradient, plain(ctx.base, rows.dtype)) if ctx.needs_input_grad[0] else None
         return for_rows, None, for_down.float(), for_up, None, None
 
 
@@ -48,18 +49,45 @@ def left(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return (values.view(width) & kept.to(width)).view(values.dtype)
 
 
+def left_(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """The same in place."""
+    if kept is not None:
+        width = WIDTHS[values.itemsize]
+        values.view(width).bitwise_and_(kept.to(width))
+    return values
+
+
 def plain(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The layer's weights out of their 4 bits."""
+    """The layer's weights out of their 4 bits, (outputs, inputs): those that are kept so, or made anew."""
+    kept: torch.Tensor | None = getattr(base, KEPT, None)
+    if kept is not None:
+        return kept
     weights: torch.Tensor = dequantize_4bit(base.weight.view(-1, 1), base.weight.quant_state)
     return weights.to(dtype)
 
 
 def compute_at_once(model: Any) -> int:
     """Let the 4-bit layers with a plain LoRA adapter be computed so while they are trained; their number. DoRA stays as it is."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit) and layer.lora_A and not layer.lora_variant]
+    layers = adapted_layers(model)
     for layer in layers:
         layer.forward = MethodType(_forward, layer)
     return len(layers)
+
+
+def adapted_layers(model: Any) -> list[Any]:
+    """The 4-bit layers with a plain LoRA adapter."""
+    return [layer for layer in model.modules() if isinstance(layer, Linear4bit) and layer.lora_A and not layer.lora_variant]
+
+
+def plain_bytes(model: Any) -> int:
+    """What the weights of those layers take out of their 4 bits."""
+    return sum(layer.in_features * layer.out_features * layer.base_layer.compute_dtype.itemsize for layer in adapted_layers(model))
+
+
+def keep_plain(model: Any) -> None:
+    """Keep the weights of those layers out of their 4 bits too, as long as the model lives."""
+    for layer in adapted_layers(model):
+        setattr(layer.base_layer, KEPT, plain(layer.base_layer, layer.base_layer.compute_dtype))  # no buffer: it is not to be saved
 
 
 def _forward(layer: Any, rows: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:

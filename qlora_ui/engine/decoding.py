@@ -1,21 +1,20 @@
-"""Draws the answers of a batch of prompts, token by token, in a thread that can be ended. Knows nothing of runs or Gradio."""
+"""Draws the answers of a batch of prompts, token by token, until it is asked to end. Knows nothing of runs, threads or Gradio."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_ui.errors import UserError
+from qlora_ui.stopping import Cancelled
 
 BOUNDS = {
     "temperature": (0, 10),
@@ -53,7 +52,8 @@ class Answers:
     """The answers so far, in the order of the asked sides, with the number of tokens drawn and the seconds it took.
 
     `context` tokens of the `context_limit` that the model can read were read, on the longest side; `left_out` of its oldest turns
-    no longer fitted.
+    no longer fitted. `note` is what there is to say beside, as what is waited for before the first token. While `before` others are
+    before you, there are no words yet.
     """
 
     texts: tuple[str, ...]
@@ -62,67 +62,67 @@ class Answers:
     context: int
     context_limit: int
     left_out: int
+    note: str = ""
+    before: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Rows of the batch that decode together.
+
+    `answering` is what the model has to be meanwhile; `recall` gives what it computed of these prompts before, if anything.
+    """
+
+    rows: Sequence[int]
+    answering: Callable[[], AbstractContextManager[None]]
+    recall: Callable[[], DynamicCache | None]
 
 
 def draw(
     model: Any,
     tokenizer: Any,
     batch: Mapping[str, torch.Tensor],
-    passes: Sequence[tuple[Sequence[int], Callable[[], AbstractContextManager[None]]]],
+    passes: Sequence[Pass],
     sampling: Sampling,
     end_ids: Sequence[int],
-    read: Mapping[str, int],
-) -> Iterator[Answers]:
-    """Stream the answers of all rows of the batch. Each pass names rows that decode together, and what the model has to be meanwhile.
-
-    `sampling.max_new_tokens` is what there is room for; `read` goes into every `Answers`. Closing the generator ends the generation
-    at its next token. Raises what the generation raised.
-    """
-    stream = _Rows(len(batch["input_ids"]), tokenizer, end_ids, read)
-    stopped = threading.Event()
-
-    def generate() -> None:
-        try:
-            for rows, answering in passes:
-                if stopped.is_set():
-                    break
-                stream.rows = list(rows)
-                with torch.inference_mode(), answering():
-                    torch.manual_seed(sampling.seed)
-                    model.generate(
-                        **{name: tensor[stream.rows] for name, tensor in batch.items()},
-                        streamer=stream,
-                        stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
-                        eos_token_id=list(end_ids),
-                        pad_token_id=tokenizer.pad_token_id,
-                        max_new_tokens=sampling.max_new_tokens,
-                        do_sample=sampling.temperature > 0,
-                        temperature=float(sampling.temperature) or None,  # transformers refuses an int
-                        top_p=sampling.top_p if sampling.temperature > 0 else None,
-                        top_k=sampling.top_k or None if sampling.temperature > 0 else None,
-                        repetition_penalty=float(sampling.repetition_penalty),
-                    )
-        except BaseException as error:  # noqa: BLE001 - it belongs to the reader of the stream, who raises it
-            stream.news.put(error)
-        finally:
-            stream.news.put(None)
-
-    thread = threading.Thread(target=generate, name="generate", daemon=True)
-    started = time.perf_counter()
-    thread.start()
-    try:
-        yield from stream.read(started)
-    finally:
-        stopped.set()
-        thread.join()
+    read: Mapping[str, Any],
+    tell: Callable[[Answers], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Tell the answers of all rows of the batch, at each token. `sampling.max_new_tokens` is what there is room for; `read` goes
+    into every `Answers`."""
+    stream = _Rows(len(batch["input_ids"]), tokenizer, end_ids, read, tell)
+    for one in passes:
+        if should_stop():
+            return
+        stream.rows = list(one.rows)
+        longest = int(batch["attention_mask"][stream.rows].sum(1).max())
+        with torch.inference_mode(), suppress(Cancelled):
+            cache = one.recall()
+            with one.answering():
+                torch.manual_seed(sampling.seed)
+                model.generate(
+                    **{name: tensor[stream.rows, -longest:] for name, tensor in batch.items()},
+                    **({"past_key_values": cache} if cache else {}),
+                    streamer=stream,
+                    stopping_criteria=StoppingCriteriaList([_Stopped(should_stop)]),
+                    eos_token_id=list(end_ids),
+                    pad_token_id=tokenizer.pad_token_id,
+                    max_new_tokens=sampling.max_new_tokens,
+                    do_sample=sampling.temperature > 0,
+                    temperature=float(sampling.temperature) or None,  # transformers refuses an int
+                    top_p=sampling.top_p if sampling.temperature > 0 else None,
+                    top_k=sampling.top_k or None if sampling.temperature > 0 else None,
+                    repetition_penalty=float(sampling.repetition_penalty),
+                )
 
 
 class _Stopped(StoppingCriteria):
-    def __init__(self, stopped: threading.Event) -> None:
-        self.stopped = stopped
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop = should_stop
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device, dtype=torch.bool)
+        return torch.full((input_ids.shape[0],), self.should_stop(), device=input_ids.device, dtype=torch.bool)
 
 
 class _Rows(BaseStreamer):
@@ -131,36 +131,31 @@ class _Rows(BaseStreamer):
     `rows` are those that are being generated: all, or one after the other.
     """
 
-    def __init__(self, rows: int, tokenizer: Any, end_ids: Sequence[int], read: Mapping[str, int]) -> None:
-        self.news: queue.Queue[list[tuple[int, int]] | BaseException | None] = queue.Queue()
+    def __init__(self, rows: int, tokenizer: Any, end_ids: Sequence[int], read: Mapping[str, Any], tell: Callable[[Answers], None]) -> None:
         self.rows = list(range(rows))
+        self._texts = [""] * rows
+        self._count = 0
         self._decoders = [DecodeStream(skip_special_tokens=True) for _ in range(rows)]
         self._backend = tokenizer.backend_tokenizer
         self._ended = [False] * rows
         self._end_ids = set(end_ids)
         self._prompt_seen = False
-        self._read = read
+        self._read, self._tell = read, tell
+        self._started = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self.news.put(list(zip(self.rows, value.flatten().tolist(), strict=True)))
-        self._prompt_seen = True
+        if not self._prompt_seen:  # generate begins with it
+            self._prompt_seen = True
+            return
+        for row, token in zip(self.rows, value.flatten().tolist(), strict=True):
+            self._ended[row] = self._ended[row] or token in self._end_ids
+            if not self._ended[row]:
+                self._texts[row] += self._decoders[row].step(self._backend, token) or ""
+                self._count += 1
+        # The blank before an answer is the format's (Guanaco's). Kept, the next turn would have two.
+        said = tuple(text.lstrip() for text in self._texts)
+        self._tell(Answers(texts=said, tokens=self._count, seconds=time.perf_counter() - self._started, **self._read))
 
     def end(self) -> None:
-        """The next generation starts with its prompt. All ends with the thread's last word, which also comes after an error."""
+        """The next generation starts with its prompt."""
         self._prompt_seen = False
-
-    def read(self, started: float) -> Iterator[Answers]:
-        texts = [""] * len(self._ended)
-        count = 0
-        while (news := self.news.get()) is not None:
-            if isinstance(news, BaseException):
-                raise news
-            for row, token in news:
-                self._ended[row] = self._ended[row] or token in self._end_ids
-                if not self._ended[row]:
-                    texts[row] += self._decoders[row].step(self._backend, token) or ""
-                    count += 1
-            # The blank before an answer is the format's (Guanaco's). Kept, the next turn would have two.
-            said = tuple(text.lstrip() for text in texts)
-            yield Answers(texts=said, tokens=count, seconds=time.perf_counter() - started, **self._read)

@@ -11,31 +11,35 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import safe_open
 
 from qlora_ui import exports
+from qlora_ui.config import QuantizationConfig
 from qlora_ui.engine import chat_alone, export_cards, tokens
 from qlora_ui.engine.adapter import WEIGHTS
 from qlora_ui.engine.export_merged import write_merged
 from qlora_ui.engine.hardware import give_memory_back, is_out_of_memory, torch_dtype
 from qlora_ui.engine.logits import Reference, Verification
-from qlora_ui.engine.model import Found, quantization_config, watched_bars
+from qlora_ui.engine.model import Found, find_here, quantization_config, watched_bars
 from qlora_ui.engine.result import TRAINERS_OWN
 from qlora_ui.engine.trained import Trained, find_base, load_trained
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Log
 from qlora_ui.exports import Export
+from qlora_ui.memory.forecast import quantized_bytes
+from qlora_ui.memory.shapes import Linear
 from qlora_ui.stopping import Cancelled
 
 Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 
 SMALL_BYTES = 1_000_000  # card, picture, script
+TABLE_BYTES = 2_000  # beside each matrix that is quantized: the values that its codes stand for, and their names
 BITS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
@@ -64,7 +68,7 @@ def export(wish: Export, emit: Emit, should_stop: ShouldStop) -> Exported:
         raise UserError(f"{wish.weights.folder} has no {WEIGHTS}, and other formats can run code when loaded.", field="run")
     found = find_base(wish.run, tell, should_stop)
     tell(Log(text=f"Base: {found.public_name}, {found.origin}"))
-    exports.check_space(wish.target, needed_bytes(wish, found), f"The {wish.kind}")
+    exports.check_space(wish.target, sizes(wish, found.folder).needed_bytes, f"The {wish.kind}")
     write = {"adapter": write_adapter, "merged": write_merged, "folder": write_folder}[wish.kind]
     try:
         with exports.complete_or_absent(wish.target) as place:
@@ -87,16 +91,47 @@ def export(wish: Export, emit: Emit, should_stop: ShouldStop) -> Exported:
     )
 
 
-def needed_bytes(wish: Export, found: Found) -> int:
-    """Room on the disk while it is made: a zip stands beside its folder, and what is quantized again beside what it is made of."""
-    adapter = sum(path.stat().st_size for path in wish.weights.folder.rglob("*") if path.is_file() and not path.name.endswith(TRAINERS_OWN))
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Room on the disk: for the export, and while it is made. A zip stands beside its folder, what is quantized again beside its source."""
+
+    result_bytes: int
+    needed_bytes: int
+
+
+def sizes_here(wish: Export) -> Sizes | None:
+    """What it takes, without asking a network; None where that depends on a base that is not on this machine."""
     if wish.kind != "merged":
-        return adapter * (2 if wish.is_zip else 1) + SMALL_BYTES
-    parameters = 0
-    for file in found.folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            parameters += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118 - no dict
-    return 2 * parameters * (2 if wish.quantize else 1) + adapter + SMALL_BYTES
+        return sizes(wish, None)
+    wanted = wish.run.config().model
+    found = find_here(wanted.model, wish.run.facts().get("model_commit") or wanted.revision, wish.run.workspace.models)
+    return sizes(wish, found.folder) if found else None
+
+
+def sizes(wish: Export, base: Path | None) -> Sizes:
+    """What it takes. A merged model is counted by the matrices in its base's folder."""
+    adapter = sum(path.stat().st_size for path in wish.weights.folder.rglob("*") if path.is_file() and not path.name.endswith(TRAINERS_OWN))
+    small = adapter + SMALL_BYTES
+    if wish.kind != "merged" or base is None:
+        return Sizes(result_bytes=adapter, needed_bytes=small + (adapter if wish.is_zip else 0))
+    matrices = [shape for file in base.glob("*.safetensors") for shape in shapes(file)]
+    in_16_bits = 2 * sum(map(prod, matrices))
+    if not wish.quantize:
+        return Sizes(result_bytes=in_16_bits, needed_bytes=in_16_bits + small)
+    vocabulary = json.loads((base / "config.json").read_text("utf-8")).get("vocab_size")
+    bits = QuantizationConfig(double_quant=wish.run.config().quantization.double_quant)
+    saved = 0
+    for shape in matrices:
+        if len(shape) == 2 and vocabulary not in shape:  # embeddings and head stay as they are
+            matrix = Linear(path="", reads="", in_features=shape[1], out_features=shape[0])
+            saved += 2 * matrix.weights - sum(quantized_bytes(matrix, bits)) - TABLE_BYTES
+    return Sizes(result_bytes=in_16_bits - saved, needed_bytes=2 * in_16_bits + small)
+
+
+def shapes(file: Path) -> list[list[int]]:
+    """Of all tensors in a safetensors file."""
+    with safe_open(file, framework="pt") as weights:
+        return [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no dict
 
 
 def write_adapter(wish: Export, found: Found, place: Path, emit: Emit, should_stop: ShouldStop) -> Verification:

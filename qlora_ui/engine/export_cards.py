@@ -31,9 +31,7 @@ GGUF = (
     "llama.cpp, Ollama and others read GGUF. llama.cpp's own script converts this folder, where it knows the architecture:",
     "",
     "```sh",
-    "git clone https://github.com/ggml-org/llama.cpp",
-    "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt",
-    "python llama.cpp/convert_hf_to_gguf.py . --outfile model.gguf --outtype bf16",
+    *exports.gguf_commands(".", "model.gguf"),
     "```",
 )
 

@@ -116,6 +116,11 @@ def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # a kernel of its own that rounds otherwise, on those CPUs that have it
+    return as_it_is(model, ids)
+
+
+def as_it_is(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """The same by whatever kernels the model answers with."""
     batch = {"input_ids": torch.tensor([list(ids)], device=model.device)}
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id

@@ -129,23 +129,28 @@ def _find(model: str, revision: str, models: Path, emit: Emit, should_stop: Shou
 
 
 def _from_hub(model: str, revision: str, emit: Emit, should_stop: ShouldStop, weights: bool, trusted: bool) -> Found:
-    try:
-        bar = reporting_bar(emit, should_stop, "bytes")
-        wanted = [*(WANTED_FILES if weights else TOKENIZER_FILES), *(CODE_FILES if trusted else [])]
-        fetch = partial(snapshot_download, model, revision=revision, allow_patterns=wanted, tqdm_class=bar, etag_timeout=4)
-        folder = Path(abandonable(fetch, should_stop))
-    except GatedRepoError as error:
-        raise UserError(f"{model} is gated: accept its licence on its Hub page and set HF_TOKEN to your token.", field="model") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"The Hub has no model {model!r} at revision {revision!r}, or it is private. Check the spelling, or set HF_TOKEN.",
-            field="model",
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise UserError(f"{model} could not be fetched: {hub_problem(error)}, or use a model on this machine.", field="model") from error
+    wanted = [*(WANTED_FILES if weights else TOKENIZER_FILES), *(CODE_FILES if trusted else [])]
+    folder = download(model, revision, wanted, emit, should_stop)
     if weights and not list(folder.glob("*.safetensors")):
         raise UserError(f"{model} has no safetensors weights; other formats can run code when loaded. Choose another model.", field="model")
     return Found(folder=folder, public_name=model, origin="the Hugging Face Hub", commit=folder.name)
+
+
+def download(name: str, revision: str, wanted: Sequence[str], emit: Emit, should_stop: ShouldStop, what: str = "model") -> Path:
+    """The folder in the Hub's cache with these files of a repository, fetched where they are not there. Raises UserError or Cancelled."""
+    try:
+        bar = reporting_bar(emit, should_stop, "bytes")
+        fetch = partial(snapshot_download, name, revision=revision, allow_patterns=list(wanted), tqdm_class=bar, etag_timeout=4)
+        return Path(abandonable(fetch, should_stop))
+    except GatedRepoError as error:
+        raise UserError(f"{name} is gated: accept its licence on its Hub page and set HF_TOKEN to your token.", field=what) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"The Hub has no {what} {name!r} at revision {revision!r}, or it is private. Check the spelling, or set HF_TOKEN.",
+            field=what,
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise UserError(f"{name} could not be fetched: {hub_problem(error)}, or use one on this machine.", field=what) from error
 
 
 def hub_problem(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""An export on the Hugging Face Hub. The token is that of the environment or login, never written. Knows nothing of weights or Gradio."""
+"""An export on the Hugging Face Hub. Knows nothing of weights or Gradio.
+
+The token is the one that is given, else that of the environment or login. It is never written, and in no message.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ Result = TypeVar("Result")
 ANSWER_SECONDS = 4.0
 
 
-def check(repository: str, should_stop: ShouldStop) -> None:
+def check(repository: str, should_stop: ShouldStop, token: str = "") -> None:
     """Ask the Hub, before any work, whether it knows the token. Raises UserError or Cancelled, within five seconds."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"--push is {repository!r}, which is no name on the Hub. Write it as owner/name.", field="push") from error
+        raise UserError(f"The repository is {repository!r}, which is no name on the Hub. Write it as owner/name.", field="push") from error
     if repository.count("/") != 1:
-        raise UserError(f"--push is {repository!r}. Write it as owner/name.", field="push")
-    if not get_token():
+        raise UserError(f"The repository is {repository!r}. Write it as owner/name.", field="push")
+    if not (token or get_token()):
         raise UserError("Pushing needs a token that may write: set HF_TOKEN, or log in with: hf auth login", field="push")
-    _asked(lambda: HfApi().whoami(), "Nothing was exported", should_stop)
+    _asked(lambda: HfApi(token=token or None).whoami(), "Nothing was exported", should_stop)
 
 
 def licence_of(model: str, should_stop: ShouldStop) -> str:
@@ -45,15 +48,15 @@ def licence_of(model: str, should_stop: ShouldStop) -> str:
     return str((data.get("license") if data else "") or "")
 
 
-def push(folder: Path, repository: str, emit: Emit, should_stop: ShouldStop) -> str:
-    """Upload all of a folder in one commit and return its address. A repository that is not there is made, private.
+def push(folder: Path, repository: str, emit: Emit, should_stop: ShouldStop, token: str = "", private: bool = True) -> str:
+    """Upload all of a folder in one commit and return its address. A repository that is not there is made.
 
     Raises UserError, or Cancelled: then nothing of it can be seen there.
     """
-    api = HfApi()
+    api = HfApi(token=token or None)
     kept = f"{folder} is complete, but was not pushed to {repository}"
-    emit(Log(text=f"Pushing to {repository}; where that is new, it is made private"))
-    _asked(lambda: api.create_repo(repository, private=True, exist_ok=True), kept, should_stop)
+    emit(Log(text=f"Pushing to {repository}; where that is new, it is made {'private' if private else 'public'}"))
+    _asked(lambda: api.create_repo(repository, private=private, exist_ok=True), kept, should_stop)
     done = _asked(
         lambda: api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from QLoRA UI"), kept, should_stop, None
     )
@@ -72,7 +75,7 @@ def _asked(call: Callable[[], Result], so: str, should_stop: ShouldStop, seconds
         raise UserError(f"{so}: the Hugging Face Hub does not answer. Check the connection, then try again.", field="push") from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
-            raise UserError(f"{so}: the Hub refuses the token. Give one that may write there, in HF_TOKEN.", field="push") from error
+            raise UserError(f"{so}: the Hub refuses the token. Give one that may write there.", field="push") from error
         raise UserError(f"{so}: {hub_problem(error)}.", field="push") from error
     except (HTTPError, OSError) as error:
         raise UserError(f"{so}: {hub_problem(error)}.", field="push") from error

@@ -25,6 +25,7 @@ from qlora_ui.engine.step_plan import plan_steps
 from qlora_ui.engine.step_trainer import StepTrainer
 from qlora_ui.engine.token_checks import padding, troubles
 from qlora_ui.engine.tokenized import FittedRows, Tokenized, cached_tokenized, fit
+from qlora_ui.engine.tracking import PROJECT, reporting
 from qlora_ui.engine.watch import BestCheckpoint, FiniteSteps, owes_measurement
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Finished, Log, Paused, Phase, PhaseProgress, Stopped
@@ -76,7 +77,7 @@ def fetch_and_train(run: Run, emit: Emit, should_stop: ShouldStop, checkpoint: P
     if checkpoint and not owes_measurement(checkpoint, config.schedule.eval_steps):
         trainer.args.eval_on_start = False
     try:
-        with contextlib.suppress(Cancelled):
+        with contextlib.suppress(Cancelled), reporting(run, trainer, emit, should_stop):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if is_out_of_memory(error):
@@ -285,6 +286,8 @@ def training_arguments(
     """
     return TrainingArguments(
         output_dir=str(run.folder),
+        run_name=run.id,
+        project=PROJECT,
         use_cpu=hardware.kind == "cpu",
         bf16=hardware.compute_dtype == "bfloat16",
         fp16=hardware.compute_dtype == "float16",

@@ -17,7 +17,7 @@ from qlora_ui.config import QuantizationConfig, RunConfig
 from qlora_ui.memory.activations import Batch, activations_of, logits_bytes
 from qlora_ui.memory.devices import GIB, Device
 from qlora_ui.memory.shapes import Linear, ModelShape
-from qlora_ui.memory.trained import optimizer_bytes, trained_tensors
+from qlora_ui.memory.trained import adapted, optimizer_bytes, trained_tensors
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -30,6 +30,9 @@ FITS_WITHIN = 0.9  # of the memory; between this and all of it, the forecast's o
 # Of the memory that is left, activations may take this share when gradient checkpointing is auto. The rest is for gradients,
 # for what the allocator cannot reuse, and for other programs.
 ACTIVATION_SHARE = 0.5
+# On a CPU, 4-bit weights are kept out of their 4 bits too where that takes no more than this share of the free memory: each
+# micro-batch needs them so twice, and to do it anew is a twentieth of a step.
+PLAIN_SHARE = 0.1
 TRAINED_BYTES = 12  # of a trained parameter: its gradient and Adam's two moments, in float32
 
 
@@ -40,6 +43,7 @@ class Terms:
     quantized_weights: int
     quantization_constants: int
     unquantized_parts: int
+    dequantized_weights: int
     adapter: int
     gradients: int
     optimizer_state: int
@@ -94,6 +98,7 @@ def forecast(shape: ModelShape, config: RunConfig, device: Device, correction: M
         quantized_weights=weights,
         quantization_constants=constants,
         unquantized_parts=whole,
+        dequantized_weights=plain_bytes(shape, config, DTYPE_BYTES[dtype], free) if device.kind == "cpu" else 0,
         adapter=4 * trained,
         gradients=4 * trained,
         optimizer_state=state,
@@ -121,6 +126,19 @@ def recomputes(shape: ModelShape, wish: str, activation_bytes: float, free_bytes
 def activation_room(free_bytes: float, trained_parameters: int) -> float:
     """The bytes that activations may take without being recomputed, of those free once base and adapter are loaded."""
     return ACTIVATION_SHARE * (free_bytes - TRAINED_BYTES * trained_parameters)
+
+
+def keeps_plain(weight_bytes: float, free_bytes: float) -> bool:
+    """Whether a CPU keeps 4-bit weights, which would take so much out of their 4 bits, in that form too."""
+    return weight_bytes <= PLAIN_SHARE * free_bytes
+
+
+def plain_bytes(shape: ModelShape, config: RunConfig, dtype_bytes: int, free_bytes: float) -> int:
+    """What the 4-bit weights with a plain LoRA adapter take out of their 4 bits, where they are kept so."""
+    if config.quantization.quant_bits != "4" or config.adapter.use_dora:
+        return 0
+    size = dtype_bytes * sum(linear.weights * count for linear, count in adapted(shape, config.adapter) if linear.quantized)
+    return size if keeps_plain(size, free_bytes) else 0
 
 
 # The base -----------------------------------------------------------------------------------------------------------------

@@ -14,19 +14,23 @@ from qlora_ui.errors import UserError
 from qlora_ui.progress import Progress
 from qlora_ui.services import Services
 from qlora_ui.ui import (
+    arena_tab,
     chat_tab,
     data_rows,
     data_source,
     data_tab,
+    export_tab,
     form,
     live,
     markup,
     planner,
+    queue_panel,
     run_bar,
     runs_tab,
     samples,
     scripting,
     settings_file,
+    sweep,
     theme,
     train_tab,
 )
@@ -42,6 +46,7 @@ def build(services: Services) -> gr.Blocks:
         bar = run_bar.build()
         # Out here, because what lies in a tab that was not opened yet is not read from the browser.
         kept_chat = gr.BrowserState({}, storage_key="qlora-ui-chat", secret="not secret, only fixed")
+        kept_contestants = gr.BrowserState([], storage_key="qlora-ui-arena", secret="not secret, only fixed")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Data", id="data", elem_id="tab-data"):
                 data = data_tab.build(services, presets.load(train_tab.first_preset()).config)
@@ -49,15 +54,21 @@ def build(services: Services) -> gr.Blocks:
                 train = train_tab.build(services, partial(curves, services))
             with gr.Tab("Chat", id="chat", elem_id="tab-chat"):
                 chat = chat_tab.build(services, kept_chat)
+            with gr.Tab("Arena", id="arena", elem_id="tab-arena") as arena_shown:
+                arena = arena_tab.build(services, QUIET)
             with gr.Tab("Runs", id="runs", elem_id="tab-runs") as runs_shown:
                 runs = runs_tab.build(services, QUIET)
                 answers = samples.build(services, "", "run-samples", visible=False)
                 runs.one.change(lambda run: gr.update(value=run, visible=bool(run)), [runs.one], [answers], **QUIET)
                 runs_shown.select(None, None, None, js=runs_tab.REFRESH)
+            with gr.Tab("Export", id="export", elem_id="tab-export"):
+                export = export_tab.build(services, QUIET)
         news = live.News(services)
         seen = live.build(news)
-        page.load(partial(chat_tab.restored, services), [kept_chat], [chat.run, chat.tuned, chat.base], **QUIET)
-        wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
+        page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
+        arena_tab.wire(services, arena, arena_shown, tabs, page, kept_contestants, QUIET)
+        redrawn = wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
+        wire_export(services, bar, tabs, export, seen, news, redrawn)
         scripting.build(services)
     return page
 
@@ -78,13 +89,13 @@ def wire(
     seen: gr.HTML,
     news: live.News,
     page: gr.Blocks,
-) -> None:
-    """Everything that crosses from one tab to another."""
+) -> Any:
+    """Everything that crosses from one tab to another. Returns the event after which buttons and choices are redrawn."""
     # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
     # and only when the script has found another key than the one that it was drawn for.
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
-    shown = [bar.chip, *bar.shown, train.plot, chat.run]
-    seen.change(partial(redraw, services), [chat.run], shown, queue=False, **QUIET)
+    shown = [bar.chip, *bar.shown, train.plot, chat.speaker]
+    redrawn = seen.change(partial(redraw, services), [chat.speaker], shown, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
     draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
@@ -118,14 +129,34 @@ def wire(
 
     started = partial(train_tab.start, services, names)
     train.start.click(started, kept, [train.message], **QUIET).then(None, None, None, js=SHOW_BLAMED).then(**look)
+    lined_up = train.line_up.click(partial(queue_panel.add, services, names), kept, [train.message], **QUIET)
+    lined_up.then(None, None, None, js=SHOW_BLAMED).then(None, None, None, js=queue_panel.CHANGED)
+    sweep.wire(services, train.swept, names, kept, QUIET)
     run_bar.wire(services, bar, train.isolated, look, QUIET)
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
-    bar.chat.click(partial(talk_to, services), [bar.run], [tabs, chat.run], **QUIET)
+    for button, run in ((bar.chat, bar.run), (runs.chat, runs.one)):
+        begun = button.click(partial(chat_tab.begin_with, services), [run, *chat.open], chat.opened, **QUIET)
+        begun.then(lambda: gr.Tabs(selected="chat"), None, [tabs], **QUIET)
 
-    runs.chat.click(partial(talk_to, services), [runs.one], [tabs, chat.run], **QUIET)
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
     page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
+    return redrawn
+
+
+def wire_export(
+    services: Services, bar: run_bar.RunBar, tabs: gr.Tabs, export: export_tab.ExportTab, seen: gr.HTML, news: live.News, redrawn: Any
+) -> None:
+    """The Export tab follows what every page sees of runs and exports."""
+    look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
+    known = [export.run, export.weights, export.past, export.newest]
+    redrawn.then(partial(export_tab.look, services), known, export.shown, queue=False, **QUIET)
+    wished = [export.run, export.weights, export.kind, export.quantize, export.push]
+    measured = heard([field.change for field in wished]).change
+    measured(partial(export_tab.room_words, services), wished, [export.size], trigger_mode="always_last", **QUIET)
+    asked = [*wished, export.repository, export.private, export.token]
+    export.start.click(partial(export_tab.start, services), asked, [export.message, export.token], **QUIET).then(**look)
+    bar.export.click(lambda run: [gr.Tabs(selected="export"), run], [bar.run], [tabs, export.run], **QUIET)
 
 
 def heard(events: list[Any]) -> gr.Textbox:
@@ -247,7 +278,9 @@ def linked_run(services: Services) -> Any:
 
     def opened_by_link(request: gr.Request) -> list[Any]:
         run = services.find(str(request.query_params.get("run", "")))
-        return [gr.Tabs(selected="runs"), [run.id]] if run else [gr.skip(), gr.skip()]
+        if run is None or "pair" in request.query_params:  # a pair that waits for a vote is shown by the arena
+            return [gr.skip(), gr.skip()]
+        return [gr.Tabs(selected="runs"), [run.id]]
 
     return opened_by_link
 
@@ -277,18 +310,8 @@ def redraw(services: Services, talking_to: str | None) -> list[Any]:
     except FileNotFoundError:  # discarded since: the next glance says so
         return [gr.skip()] * (len(run_bar.NO_RUN) + 3)
     running = progress is not None and progress.state == "running"
-    choices = gr.skip() if running and talking_to else run_choices(services, talking_to)
+    choices = gr.skip() if running and talking_to else chat_tab.choices(services, talking_to)
     return [run_bar.device_chip(services.hardware()), *bar, drawn, choices]
-
-
-def run_choices(services: Services, talking_to: str | None) -> Any:
-    """All runs that can be talked to, newest first; the choice that was made stays."""
-    ids = [run.id for run in services.workspace.all() if run.adapter.is_dir()]
-    return gr.update(choices=ids, value=talking_to if talking_to in ids else (ids[0] if ids else None))
-
-
-def talk_to(services: Services, run_id: str) -> list[Any]:
-    return [gr.Tabs(selected="chat"), run_choices(services, run_id)]
 
 
 def curves(services: Services, run_id: str, rewinds: int, stride: int, count: int, held_out_count: int) -> dict[str, Any]:

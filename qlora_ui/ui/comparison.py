@@ -40,7 +40,7 @@ def report(run: Shown) -> str:
 
 def comparison(runs: Sequence[Shown]) -> str:
     """Several runs: their curves over each other and the settings that are not the same in all."""
-    different = [name for name in runs[0].settings if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    different = different_settings(runs)
     head = "".join(f'<th scope="col"><i class="key run-{at}"></i>{escape(run.title)}</th>' for at, run in enumerate(runs))
     figures = {
         "Steps": [f"{run.progress.step:,} of {run.progress.total_steps:,}" for run in runs],
@@ -55,6 +55,11 @@ def comparison(runs: Sequence[Shown]) -> str:
         f'{picture(runs)}<div class="scroll" tabindex="0" role="region" aria-label="Runs side by side"><table>'
         f'<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div><p class="note">{said}</p>'
     )
+
+
+def different_settings(runs: Sequence[Shown]) -> list[str]:
+    """Those that are not the same in all."""
+    return [name for name in runs[0].settings if len({repr(run.settings.get(name)) for run in runs}) > 1]
 
 
 def label(name: str) -> str:
@@ -134,7 +139,7 @@ def axes(scale: Scale) -> Iterator[str]:
     """Faint lines and their numbers."""
     for loss in ticks(scale.low, scale.high):
         yield f'<i class="loss" style="top:{scale.y(loss):.2f}%"><b>{loss:g}</b></i>'
-    for step in ticks(0, scale.last_step):
+    for step in filter(float.is_integer, ticks(0, scale.last_step)):
         yield f'<i class="step" style="left:{scale.x(step):.2f}%"><b>{step:,.0f}</b></i>'
 
 

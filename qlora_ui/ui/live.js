@@ -40,6 +40,7 @@ function take({ version, run, redraw, parts, log, answers, curve: points }, aske
   if (redraw && redraw !== props.value) {
     props.value = redraw;
     window.runsChanged?.();
+    window.queueChanged?.();
   }
 }
 

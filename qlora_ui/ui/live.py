@@ -17,7 +17,7 @@ from qlora_ui.hints import hints
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services, Stand
-from qlora_ui.ui import markup
+from qlora_ui.ui import export_markup, markup
 
 SCRIPT = Path(__file__).with_name("live.js")
 SHOW_NEWS = "window.showNews?.()"
@@ -47,7 +47,11 @@ class News:
             parts = [run.id, progress.state, progress.phase, progress.asked or "", str(progress.adapter_saved), silence]
         known = "device" if self._services.hardware() else "no device yet"
         runs = self._services.workspace.runs
-        return " ".join([*parts, known, str(runs.stat().st_mtime_ns) if runs.is_dir() else "no folder"])
+        seen = (runs, self._services.workspace.exports)
+        changed = [str(folder.stat().st_mtime_ns) if folder.is_dir() else "no folder" for folder in seen]
+        job = self._services.exporting.job
+        export = f"{job.stand} {job.asked_to_end}" if job else "no export"
+        return " ".join([*parts, known, export, *changed, self._services.queue.stamp()])
 
     def wait_seconds(self, page: str) -> float:
         """After how long a page is to ask again: a second, or longer where so many are open that answers would slow a training down."""
@@ -78,7 +82,8 @@ class News:
     def _of(self, run: Run, version: str, run_id: str, log_count: int, curve: list[Any] | None, stand: Stand) -> dict[str, Any]:
         progress = stand.progress
         key = self.key(run, progress)
-        now = f"{key} {stand.offset}"
+        job = self._services.exporting.job
+        now = f"{key} {stand.offset} {job.version if job else 0}"
         if not stand.up_to_date:  # what is known so far may be long over
             parts = {"status-line": markup.reading(run.name, stand.offset / max(1, run.size()))}
             log = {"start": 0, "count": 0, "lines": []}
@@ -99,6 +104,7 @@ class News:
         if self._drawn[0] != version:
             parts = {"status-line": markup.status(progress, silence), "progress": markup.bar(progress), "tiles": markup.tiles(progress)}
             parts["hints"] = markup.hints(hints(progress, max_grad_norm) if progress else [])
+            parts["export-now"] = export_markup.now(self._services.exporting.job)
             self._drawn = (version, parts)
         return self._drawn[1]
 

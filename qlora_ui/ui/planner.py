@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 
+from qlora_ui import overview
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.inspection import Look
@@ -21,7 +22,7 @@ from qlora_ui.memory.forecast import Forecast, Verdict, forecast
 from qlora_ui.memory.measured import Measured, corrected
 from qlora_ui.model_configs import NotHere, find_shape, find_shape_within
 from qlora_ui.services import Services
-from qlora_ui.time_plan import same_pace, time_plan
+from qlora_ui.time_plan import time_plan
 from qlora_ui.ui import form, markup
 
 HERE = "this machine"
@@ -36,7 +37,6 @@ element.addEventListener('click', event => {
 watch('value', () => { for (const details of element.querySelectorAll('details')) details.open = open; });
 """
 FOLLOW_SECONDS = 0.5
-RECENT = 5  # runs that are asked how long a step takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,13 +227,5 @@ def time_words(services: Services, config: RunConfig, seen: Look) -> str:
 
 
 def measured_pace(services: Services, config: RunConfig) -> float | None:
-    """Seconds a step of the newest run whose steps are like these, if there is one among the last few."""
-    for run in services.workspace.all()[:RECENT]:
-        try:
-            if same_pace(run.config(), config):
-                pace = services.watch.progress(run).seconds_a_step
-                if pace is not None:
-                    return pace
-        except (UserError, FileNotFoundError):  # of another version of the app; discarded since
-            continue
-    return None
+    """Seconds a step of the newest run whose steps are like these."""
+    return overview.measured_pace(services.workspace, services.watch.progress, config)

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from qlora_ui.errors import UserError
+from qlora_ui.exports import has_weights
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Run
 from qlora_ui.services import Services
@@ -25,7 +26,7 @@ element.querySelector('button').addEventListener('click', () => { localStorage.s
 FOCUS = "() => setTimeout(() => document.querySelector('#discard-cancel')?.focus(), 50)"
 NO_QUESTION = [gr.update(visible=False), "", ""]
 OFF, GONE = gr.update(interactive=False), gr.update(visible=False)
-NO_RUN = [gr.update(visible=True, interactive=False), GONE, OFF, OFF, OFF, GONE, "", ""]
+NO_RUN = [gr.update(visible=True, interactive=False), GONE, OFF, OFF, OFF, OFF, GONE, "", ""]
 WELCOME = (
     '<div class="welcome" hidden><span>New here? Three clicks make a first success: <b>Use this data</b>, <b>Start training</b>, '
     "and when it has ended, <b>Send</b>. Everything is filled in.</span>"
@@ -45,6 +46,7 @@ class RunBar:
     stop: gr.Button
     discard: gr.Button
     chat: gr.Button
+    export: gr.Button
     restart: gr.Button
     message: gr.HTML
     run: gr.Textbox
@@ -58,7 +60,7 @@ class RunBar:
     @property
     def shown(self) -> list[gr.components.Component]:
         """What `look` fills, in its order."""
-        buttons = [self.pause, self.resume, self.stop, self.discard, self.chat, self.restart]
+        buttons = [self.pause, self.resume, self.stop, self.discard, self.chat, self.export, self.restart]
         return [*buttons, self.run, self.state]
 
 
@@ -80,6 +82,7 @@ def build() -> RunBar:
             stop = gr.Button("Stop and keep", interactive=False, elem_id="stop-button", **small)
             discard = gr.Button("Discard", interactive=False, elem_id="discard-button", **small)
             chat = gr.Button("Chat with it", interactive=False, elem_id="chat-with-button", **small)
+            export = gr.Button("Export", interactive=False, elem_id="export-button", **small)
         with gr.Row(visible=False, elem_id="discard-question") as asked:
             question = gr.HTML(elem_id="discard-words")
             confirm = gr.Button("Delete it", variant="stop", elem_id="discard-confirm", **small)
@@ -96,6 +99,7 @@ def build() -> RunBar:
         stop=stop,
         discard=discard,
         chat=chat,
+        export=export,
         restart=restart,
         message=message,
         run=run,
@@ -134,6 +138,7 @@ def look(services: Services, run: Run | None, progress: Progress | None) -> list
         gr.update(interactive=may_stop),
         gr.update(interactive=progress.asked != "discard"),
         gr.update(interactive=rests and progress.adapter_saved),
+        gr.update(interactive=rests and has_weights(run)),
         gr.update(visible=services.hangs_here(run)),
         run.id,
         progress.state,

@@ -12,13 +12,14 @@ import gradio as gr
 
 from qlora_ui import labels
 from qlora_ui.errors import UserError
+from qlora_ui.overview import facts_of
 from qlora_ui.runs import Run
 from qlora_ui.services import Services
-from qlora_ui.ui import markup
+from qlora_ui.ui import markup, queue_panel, sweep
 from qlora_ui.ui.comparison import MOST_RUNS, Shown, comparison, report
 
 SCRIPT = Path(__file__).with_name("runs_table.js")
-REFRESH = "() => window.runsChanged?.()"
+REFRESH = "() => { window.runsChanged?.(); window.queueChanged?.(); }"
 PRESS = "(said) => { if (!said) setTimeout(() => document.querySelector('#run-script-file').click(), 100); }"
 COLUMNS = {
     "title": "Name",
@@ -57,6 +58,7 @@ def build(services: Services, quiet: dict[str, Any]) -> RunsTab:
         """What the page calls; Gradio hands over a list of arguments, also where there are none."""
         return [asdict(row) for row in services.overview.rows()]
 
+    queue_panel.build(services)
     table = gr.HTML(
         [],
         html_template=TEMPLATE,
@@ -103,7 +105,8 @@ def show(services: Services, chosen: list[str]) -> list[Any]:
     hidden = gr.update(visible=False)
     if not runs:
         return [hidden, "", "", gr.skip(), NOTHING, "", hidden]
-    if len(runs) > MOST_RUNS:
+    swept = len(runs) > 1 and len({facts_of(run).get("sweep", run.id) for run in runs}) == 1
+    if len(runs) > MOST_RUNS and not swept:
         words = markup.error(f"{len(runs)} runs are chosen. Choose {MOST_RUNS} or fewer to compare them.")
         return [hidden, "", "", gr.skip(), words, "", hidden]
     try:
@@ -112,8 +115,11 @@ def show(services: Services, chosen: list[str]) -> list[Any]:
             seen = [replace(look, title=run.id) for look, run in zip(seen, runs, strict=True)]
     except (UserError, FileNotFoundError) as error:
         return [hidden, "", "", gr.skip(), markup.error(str(error)), "", hidden]
+    if swept:
+        seen = sweep.best_first(seen)
     if len(runs) > 1:
-        return [hidden, "", "", gr.skip(), comparison(seen), "", hidden]
+        beside = sweep.results(seen) if swept else comparison(seen)
+        return [hidden, "", "", gr.skip(), beside, "", hidden]
     run, label = runs[0], labels.load(runs[0])
     talks = gr.update(interactive=run.adapter.is_dir())
     return [gr.update(visible=True), label.title or run.name, label.notes, talks, report(seen[0]), run.id, hidden]

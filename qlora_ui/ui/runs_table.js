@@ -108,5 +108,6 @@ head.querySelectorAll("th[data-by] button").forEach((button) => {
   };
 });
 watch("value", draw);
+window.chooseRuns = choose;
 window.runsChanged = () => element.isConnected && element.offsetParent && ask();
 ask();

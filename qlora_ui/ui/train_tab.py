@@ -15,7 +15,7 @@ from qlora_ui.config import KNOBS
 from qlora_ui.data import sources
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import form, live, markup, more_curves, planner, samples, settings_file
+from qlora_ui.ui import form, live, markup, more_curves, planner, queue_panel, samples, settings_file, sweep
 from qlora_ui.ui.plots import loss_plot
 
 FIRST_PRESET = "starter"
@@ -41,6 +41,8 @@ class TrainTab:
     file: settings_file.SettingsFile
     isolated: gr.Checkbox
     start: gr.Button
+    line_up: gr.Button
+    swept: sweep.Sweep
     resume_with: gr.Button
     use_settings: gr.Button
     differences: gr.HTML
@@ -77,10 +79,12 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                     memory.measure.render()
                     memory.cancel.render()
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button")
+                line_up = queue_panel.add_button()
                 with gr.Row(elem_id="resume-with"):
                     resume_with = gr.Button("Resume with these settings", visible=False, size="sm", elem_id="resume-with-button")
                     use_settings = gr.Button("Use this run's settings", visible=False, size="sm", elem_id="use-run-settings")
                 differences = gr.HTML(elem_id="resume-differences")
+            swept = sweep.build()
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
             tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
             gr.HTML(markup.hints([]), js_on_load=live.SHOW_NEWS, elem_id="hints")
@@ -100,6 +104,8 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
         file=file,
         isolated=isolated,
         start=start,
+        line_up=line_up,
+        swept=swept,
         resume_with=resume_with,
         use_settings=use_settings,
         differences=differences,

@@ -8,8 +8,8 @@ import os
 import platform
 from importlib.metadata import version
 
-NAMES = ("data", "kill", "long-run", "memory", "readers", "starter", "startup", "training")
-WITH_OPTIONS = ("kill", "long-run", "readers")
+NAMES = ("chatters", "data", "decoding", "kill", "long-run", "memory", "readers", "starter", "startup", "training")
+WITH_OPTIONS = ("chatters", "kill", "long-run", "readers")
 
 
 def main() -> None:

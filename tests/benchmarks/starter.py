@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from qlora_ui import presets
+from qlora_ui import presets, speakers
 from qlora_ui.data.formats import Message
 from qlora_ui.engine.chat import ChatModel
 from qlora_ui.engine.decoding import Sampling
@@ -50,12 +50,12 @@ def read(run: Run) -> Progress:
 
 def ask(run: Run) -> None:
     """Ask both sides of one model, greedily, and count."""
-    model = ChatModel(run, emit=lambda event: None, should_stop=lambda: False)
+    model = ChatModel(speakers.of_run(run), run.workspace.models, emit=lambda event: None, should_stop=lambda: False)
     questions = json.loads((TESTS / "data" / "identity_questions.json").read_text("utf-8"))
     counts = {"official": [0, 0], "all": [0, 0]}
     for number, question in enumerate(questions):
         asked = [Message(role="user", content=question)]
-        *_, last = model.reply([("adapter", asked), ("base", asked)], Sampling(temperature=0, max_new_tokens=40))
+        *_, last = model.reply([(model.speaker, asked), (model.speaker.base, asked)], Sampling(temperature=0, max_new_tokens=40))
         for group in ("official", "all") if number < 10 else ("all",):
             for side, answer in enumerate(last.texts):
                 counts[group][side] += in_character(answer)

@@ -1,0 +1,80 @@
+"""How a CPU answers faster: bitsandbytes' own products where it has some, else weights out of their 4 bits, for memory.
+
+Knows nothing of runs or Gradio.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.nn import Linear4bit
+
+from qlora_ui.engine.cpu_adapter import plain
+from qlora_ui.engine.hardware import free_memory_gib, give_memory_back
+from qlora_ui.errors import UserError
+from qlora_ui.memory.devices import GIB
+
+
+def use_quick_products(model: Any) -> None:
+    """Let bitsandbytes pack the 4-bit weights for the products that it has for some CPUs, as it does when used by itself.
+
+    They round in another way, and nothing can be learned through them. Only bfloat16 is computed so: others would be rounded to it.
+    """
+    for layer in four_bit(model):
+        block, (out_features, in_features) = layer.weight.quant_state.blocksize, layer.weight.quant_state.shape
+        fits = out_features % 32 == 0 and in_features % block == 0  # else it breaks off
+        layer.support_avx512bf16_for_cpu = has_avx512bf16() and fits and layer.compute_dtype == torch.bfloat16
+
+
+def four_bit(model: Any) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+
+
+class Faster:
+    """Switches a model between its 4-bit layers and plain ones with the very weights that these multiply with. The former stay."""
+
+    def __init__(self, model: Any) -> None:
+        """The base, or one with adapters; these may be put on it later."""
+        on_cpu = model.device.type == "cpu"
+        self._layers = [layer for layer in four_bit(model) if on_cpu and not layer.support_avx512bf16_for_cpu]
+        self.is_on = False
+
+    @property
+    def gib(self) -> float:
+        """The memory that it takes; 0 where there is nothing to gain."""
+        return float(sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in self._layers) / GIB)
+
+    def switch(self, on: bool) -> None:
+        """Raises UserError where the memory is not there."""
+        if on == self.is_on:
+            return
+        if on and self.gib > free_memory_gib():
+            raise UserError(
+                f"Faster answers take {self.gib:.1f} GB, but {free_memory_gib():.1f} GB are free. Close what else uses the memory, "
+                "or leave it off."
+            )
+        for layer in self._layers:
+            if on:
+                layer.forward = Unpacked(layer)
+            else:
+                del layer.forward
+        self.is_on = on
+        if not on:
+            give_memory_back()
+
+
+class Unpacked:
+    """A 4-bit layer's product, as bitsandbytes makes it, with weights that were taken out of their 4 bits before."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._weight = plain(layer, layer.compute_dtype)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        bias = self._layer.bias
+        product = torch.nn.functional.linear(
+            rows.to(self._weight.dtype), self._weight, None if bias is None else bias.to(self._weight.dtype)
+        )
+        return product.to(rows.dtype)

@@ -1,0 +1,1 @@
+"""How good what was trained is. Knows nothing of Gradio."""

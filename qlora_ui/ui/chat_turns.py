@@ -1,0 +1,186 @@
+"""What happens between a question and its answer on a page: ask, retry, change, take back, stop. Knows nothing of the page's layout."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from qlora_ui import speakers
+from qlora_ui.data.formats import Message
+from qlora_ui.errors import UserError
+from qlora_ui.services import Services
+from qlora_ui.talking import Side
+from qlora_ui.ui import markup
+from qlora_ui.ui.conversations import Turn, plain
+
+if TYPE_CHECKING:
+    from qlora_ui.engine.decoding import Answers, Sampling
+
+BUSY = [gr.update(interactive=False), gr.update(interactive=True)]  # of Send and Stop
+READY = [gr.update(interactive=True), gr.update(interactive=False)]
+
+
+@dataclass
+class Wish:
+    """What one page's person wants of the answer being written; Gradio keeps one for each page.
+
+    `instead` is what the two columns show once it has ended, where another conversation was opened meanwhile.
+    """
+
+    stop: bool = False
+    instead: tuple[list[Turn], list[Turn]] | None = None
+    speaker: str = ""
+
+
+def ask_to_stop(wish: Wish) -> None:
+    wish.stop = True
+
+
+def show_instead(wish: Wish, tuned: list[Turn], base: list[Turn]) -> None:
+    """End the answer that is being written; its last word to the page is then this conversation."""
+    wish.stop, wish.instead = True, (tuned, base)
+
+
+def answer(
+    services: Services, wish: Wish, speaker_id: str | None, text: str, compare: bool, tuned: list[Turn], base: list[Turn], *settings: Any
+) -> Iterator[list[Any]]:
+    """Stream the answer, or both answers, of one turn. A page that goes away closes this generator and with it the answer."""
+    yield from respond(services, wish, speaker_id, text, compare, tuned, base, settings, ("", text))
+
+
+def retry(
+    services: Services, wish: Wish, speaker_id: str | None, text: str, compare: bool, tuned: list[Turn], base: list[Turn], *settings: Any
+) -> Iterator[list[Any]]:
+    """Ask the last question again, with the next seed, which the field then shows."""
+    question, before = last_question(tuned)
+    *others, seed = settings
+    seed = int(seed or 0) + 1
+    for shown in respond(services, wish, speaker_id, question, compare, before, base[: len(before)], (*others, seed)):
+        yield [*shown, seed]
+
+
+def ask_instead(
+    services: Services,
+    change: gr.EditData,
+    wish: Wish,
+    speaker_id: str | None,
+    text: str,
+    compare: bool,
+    tuned: list[Turn],
+    base: list[Turn],
+    *settings: Any,
+) -> Iterator[list[Any]]:
+    """A question was changed: what was said before it stays, and it is asked instead."""
+    at = change.index if isinstance(change.index, int) else change.index[0]
+    return respond(services, wish, speaker_id, plain(change.value), compare, tuned[:at], base[:at], settings)
+
+
+def undo(tuned: list[Turn], base: list[Turn]) -> list[Any]:
+    """Take back the last question and its answer; the question can be changed and sent again."""
+    question, before = last_question(tuned)
+    return [before, base[: len(before)], question]
+
+
+def last_question(history: Sequence[Turn]) -> tuple[str, list[Turn]]:
+    """The last thing that was asked, and the conversation before it."""
+    at = max(number for number, turn in enumerate(history) if turn["role"] == "user")
+    return plain(history[at]["content"]), list(history[:at])
+
+
+def respond(
+    services: Services,
+    wish: Wish,
+    speaker_id: str | None,
+    text: str,
+    compare: bool,
+    tuned: list[Turn],
+    base: list[Turn],
+    settings: Sequence[Any],
+    typed: tuple[Any, Any] | None = None,
+) -> Iterator[list[Any]]:
+    """The columns, the note, the text field and the buttons while a question is answered.
+
+    `settings` are the system prompt and those of the sampling, as they stand on the page. `typed` is what the text field holds
+    meanwhile and after a failure; without it the field is left alone.
+    """
+    during, after_failure = typed or (gr.skip(), gr.skip())
+    wish.stop, wish.instead, wish.speaker = False, None, speaker_id or ""
+    if not text.strip() or not speaker_id:
+        why = "The message is empty. Write a question." if speaker_id else "There is nobody to talk to yet. Train a run first."
+        yield [gr.skip(), gr.skip(), markup.error(why), gr.skip(), *READY]
+        return
+    question = {"role": "user", "content": text.strip()}
+    histories = [[*history, question] for history in ([tuned, base] if compare else [tuned])]
+    yield [*columns(histories), markup.note("Getting the model ready…"), during, *BUSY]
+    try:
+        system, *values = settings
+        drawn = sampling(*values)
+        for answers in services.chat.reply(sides(services, speaker_id, system, histories), drawn):
+            said = [[*h, {"role": "assistant", "content": words}] for h, words in zip(histories, answers.texts, strict=True)]
+            yield [*columns(said if answers.tokens else histories), markup.note(told(answers, drawn.seed)), gr.skip(), *BUSY]
+            if wish.stop:
+                break
+    except UserError as error:
+        yield [tuned, base, markup.error(services.told(error)), after_failure, *READY]
+    except Exception as error:  # noqa: BLE001 - shown in the answer's place; the next answer works
+        yield [
+            tuned,
+            base,
+            markup.error(f"The answer broke off: {services.told(error)}. Send again, or choose another."),
+            after_failure,
+            *READY,
+        ]
+        traceback.print_exc()
+    else:
+        yield [*wish.instead, "", gr.skip(), *READY] if wish.instead else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
+
+
+def sides(services: Services, speaker_id: str, system: str | None, histories: Sequence[list[Turn]]) -> list[Side]:
+    """Who is asked what: the speaker, and where there are two conversations its base too. Raises UserError."""
+    speaker = speakers.find(services.workspace, speaker_id)
+    first = [Message(role="system", content=system.strip())] if system and system.strip() else []  # None for an untouched field
+    said = [[Message(role=turn["role"], content=plain(turn["content"])) for turn in history] for history in histories]
+    return [(who, [*first, *conversation]) for who, conversation in zip((speaker, speaker.base), said, strict=False)]
+
+
+def sampling(
+    temperature: float, top_p: float, top_k: float, repetition_penalty: float, max_new_tokens: float, seed: float | None
+) -> Sampling:
+    """How the answer is drawn, as it stands on the page. Raises UserError."""
+    from qlora_ui.engine import decoding
+
+    return decoding.Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=int(top_k),
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=int(max_new_tokens),
+        seed=int(seed or 0),
+    )
+
+
+def told(answers: Answers, seed: int) -> str:
+    """One line beside the answers: what is waited for, what they took, what there is to warn of."""
+    waiting = f"{answers.before} people are before you." if answers.before > 1 else "1 person is before you." if answers.before else ""
+    parts = filter(None, [waiting, figures(answers, seed) if answers.tokens else "", answers.note])
+    return " · ".join(parts) or "Getting the model ready…"
+
+
+def figures(answers: Answers, seed: int) -> str:
+    """What an answer took, and what no longer fitted."""
+    speed = answers.tokens / max(answers.seconds, 1e-6)
+    known = answers.context_limit < 1 << 30
+    context = f"context {answers.context + answers.tokens:,}" + (f" of {answers.context_limit:,}" if known else "")
+    parts = [f"{answers.tokens} tokens", f"{speed:.1f} tokens/s", f"seed {seed}", context]
+    if answers.left_out:
+        parts.append(f"the oldest {answers.left_out} turns no longer fit and were left out")
+    return " · ".join(parts)
+
+
+def columns(histories: Sequence[list[Turn]]) -> list[Any]:
+    """Both chat columns; without comparison the base's stays as it is."""
+    return [histories[0], histories[1] if len(histories) > 1 else gr.skip()]

@@ -1,0 +1,195 @@
+"""People at the chat, each simulated by what their page sends to the real app and hears from it. Needs no browser."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from gradio_client.utils import apply_diff
+from serving import Served
+
+PLACE = re.compile(r"(\d+) (?:people are|person is) before you")
+
+
+@dataclass
+class Heard:
+    """One question, how it was asked, and what came back. Moments are of `time.perf_counter`; a text for each column.
+
+    `seen` is when the page first said that the question was seen, and Stop could be pressed.
+    """
+
+    given: dict[str, Any]
+    turns: list[Any]
+    sent: float
+    texts: list[str] = field(default_factory=list)
+    note: str = ""
+    places: list[int] = field(default_factory=list)
+    seen: float | None = None
+    began: float | None = None
+    asked_to_stop: float | None = None
+    left: bool = False
+    ended: float = 0.0
+
+
+class Person:
+    """One page. What it sends for each field is what the field holds at first, but for those that are given by elem_id or label."""
+
+    def __init__(self, client: httpx.AsyncClient, config: dict[str, Any], session: str) -> None:
+        self._client, self.session = client, session
+        self._parts = {part["id"]: part for part in config["components"]}
+        self._dependencies = config["dependencies"]
+
+    async def open(self) -> None:
+        """What a page does at first to learn who can be talked to."""
+        for dependency in self._dependencies:
+            is_first = any(event in ("load", "change") for _, event in dependency["targets"])
+            if is_first and "run-select" in map(self._name, dependency["outputs"]):
+                await self._send(dependency, {})
+                if dependency["queue"]:
+                    async for _ in self._shown(dependency):
+                        pass
+
+    async def ask(self, given: dict[str, Any], patience: float | None = None, leaves: bool = False) -> Heard:
+        """Send, and hear the answer to its end. When the patience, in seconds, is over: press Stop, or be gone."""
+        send = next(one for one in self._dependencies if ("chat-send", "click") in self._targets(one))
+        turns = given.get("chat-tuned", [])
+        heard = Heard(given=given, turns=turns, sent=time.perf_counter())
+        await self._send(send, given)
+        stopping: asyncio.Task[None] | None = None
+        async with contextlib.aclosing(self._shown(send)) as updates, asyncio.TaskGroup() as tasks:
+            async for shown in updates:
+                self._hear(heard, shown)
+                if patience is not None and not leaves and not stopping:
+                    stopping = tasks.create_task(self._stop(heard, given, patience))
+                if patience is not None and leaves and time.perf_counter() > heard.sent + patience:
+                    heard.left = True
+                    return heard
+            heard.ended = time.perf_counter()
+            if stopping:
+                stopping.cancel()
+        return heard
+
+    async def _stop(self, heard: Heard, given: dict[str, Any], patience: float) -> None:
+        await asyncio.sleep(patience)
+        stop = next(one for one in self._dependencies if ("chat-stop", "click") in self._targets(one))
+        heard.asked_to_stop = time.perf_counter()
+        await self._send(stop, given)
+
+    def _hear(self, heard: Heard, shown: dict[str, Any]) -> None:
+        heard.seen = heard.seen or time.perf_counter()
+        if isinstance(shown.get("chat-note"), str):
+            heard.note = shown["chat-note"]
+            heard.places += [int(place) for place in PLACE.findall(heard.note)]
+        answers = [words(shown.get(column)) for column in ("chat-tuned", "chat-base")]
+        if answers[0]:
+            heard.texts = [answer for answer in answers if answer]
+            heard.turns = shown["chat-tuned"]
+            heard.began = heard.began or time.perf_counter()
+
+    async def _send(self, dependency: dict[str, Any], given: dict[str, Any]) -> None:
+        data = []
+        for part in dependency["inputs"]:
+            properties = self._parts[part]["props"]
+            data.append(given.get(self._name(part), given.get(properties.get("label"), properties.get("value"))))
+        call = {"data": data, "fn_index": dependency["id"], "session_hash": self.session, "event_data": None, "trigger_id": None}
+        path = "queue/join" if dependency["queue"] else "run/predict"
+        (await self._client.post(f"/gradio_api/{path}", json=call)).raise_for_status()
+
+    async def _shown(self, dependency: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """What the fields show, by elem_id, at each update. Gradio sends only how an update differs from the one before."""
+        names = [self._name(part) for part in dependency["outputs"]]
+        before: list[Any] = []
+        async with self._client.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as stream:
+            async for line in stream.aiter_lines():
+                message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                data = (message.get("output") or {}).get("data")
+                if message.get("msg") == "process_generating" and data:
+                    before = [apply_diff(old, diff) for old, diff in zip(before, data, strict=True)] if before else data
+                    yield dict(zip(names, before, strict=True))
+                elif message.get("msg") == "process_completed":
+                    assert message["success"], message
+                    return
+
+    def _targets(self, dependency: dict[str, Any]) -> list[tuple[str, str]]:
+        return [(self._name(part), event) for part, event in dependency["targets"]]
+
+    def _name(self, part: int | None) -> str:
+        return str(self._parts.get(part, {}).get("props", {}).get("elem_id") or "")
+
+
+def words(turns: Any) -> str:
+    """The answer that a column ends with, if it does."""
+    if not isinstance(turns, list) or not turns or turns[-1]["role"] != "assistant":
+        return ""
+    return "".join(part["text"] for part in turns[-1]["content"])
+
+
+@contextlib.asynccontextmanager
+async def people(app: Served, count: int) -> AsyncIterator[list[Person]]:
+    """So many pages of an app, opened."""
+    limits = httpx.Limits(max_connections=4 * count, max_keepalive_connections=4 * count)
+    async with httpx.AsyncClient(base_url=app.url, limits=limits, timeout=httpx.Timeout(60, read=600)) as client:
+        config = (await client.get("/config")).raise_for_status().json()
+        found = [Person(client, config, f"person{number}") for number in range(count)]
+        await asyncio.gather(*(person.open() for person in found))
+        yield found
+
+
+async def crowd(app: Served, speaker: str, count: int, seconds: float, seed: int, max_new_tokens: int = 32) -> list[Heard]:
+    """All of them ask and ask again, each in a conversation of its own with a mark in every question; some lose patience."""
+    heard: list[Heard] = []
+    async with people(app, count) as all_of_them:
+        until = time.perf_counter() + seconds
+
+        async def one(number: int, person: Person) -> None:
+            chance, turns = random.Random(f"{seed} {number}"), list[Any]()
+            for asked in range(1_000_000):
+                if time.perf_counter() > until:
+                    return
+                mark = f"<{number}.{asked}>"
+                given = {
+                    "run-select": speaker,
+                    "chat-input": f"{mark} which word is {mark}?" + " and so on" * chance.choice([0, 5, 40]),
+                    "compare-switch": chance.random() < 0.3,
+                    "chat-tuned": turns,
+                    "chat-base": turns,
+                    "Temperature": 1.0,
+                    "Max new tokens": max_new_tokens,
+                    "Seed": 1000 * number + asked,
+                }
+                patience = chance.choice([None, None, None, chance.uniform(0, 3), chance.uniform(0, 3)])
+                answer = await person.ask(given, patience, leaves=chance.random() < 0.3)
+                heard.append(answer)
+                if answer.left:
+                    person.session += "'"  # another page of the same person
+                    await person.open()
+                turns = answer.turns if answer.texts and len(answer.turns) < 6 and not answer.left else []
+
+        async with asyncio.TaskGroup() as tasks:
+            for number, person in enumerate(all_of_them):
+                tasks.create_task(one(number, person))
+    return heard
+
+
+def overtakings(heard: list[Heard], margin: float = 1.0) -> list[tuple[Heard, Heard]]:
+    """Who was answered before somebody whose question had been seen first, by more than what a busy machine may shuffle."""
+    answered = [(one.seen, one.began, one) for one in heard if one.seen and one.began]
+    return [
+        (first, later)
+        for seen, began, first in answered
+        for seen_later, began_later, later in answered
+        if seen + margin < seen_later and began_later < began
+    ]
+
+
+def squeezed(text: str) -> str:
+    """Without white space, which the page may show in another way."""
+    return "".join(text.split())
