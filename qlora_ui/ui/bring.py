@@ -12,7 +12,7 @@ import gradio as gr
 from qlora_ui import adapters, speakers
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, PhaseProgress
-from qlora_ui.exports import megabytes
+from qlora_ui.exports import size_words
 from qlora_ui.services import Services
 from qlora_ui.speakers import Speaker
 from qlora_ui.stopping import watched
@@ -75,7 +75,7 @@ def bring(services: Services, kind: str, name: str, file: str | None, base: str 
         return
     try:
         for done in watched(work):
-            yield [markup.note(f"Bringing it… {megabytes(done) if done else ''}"), gr.skip(), gr.update(interactive=False)]
+            yield [markup.note(f"Bringing it… {size_words(done) if done else ''}"), gr.skip(), gr.update(interactive=False)]
     except UserError as error:
         yield [markup.error(str(error)), gr.skip(), gr.update(interactive=True)]
     else:
