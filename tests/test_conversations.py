@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from qlora_ui import services
 from qlora_ui.runs import Workspace
-from qlora_ui.ui import chat_tab, conversations
+from qlora_ui.ui import chat_tab, chat_turns, conversations
 from qlora_ui.ui.conversations import NEW, Kept
 
 
@@ -69,6 +71,14 @@ def test_a_conversation_whose_speaker_is_gone_says_so(workspace: Workspace) -> N
     _, tuned, _, note, *_ = chat_tab.restored(services.build(workspace, services.WarmUp()), kept("one"))
     assert tuned == turns("one", "yes")
     assert "to one, with whom this conversation was, is not here any more." in note
+
+
+def test_a_page_draws_some_of_an_answers_tokens_and_always_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: Any = lambda: iter(["a", "ab", "abc", "abcd"])  # noqa: E731
+    monkeypatch.setattr(chat_turns, "DRAWING_SECONDS", 1000)
+    monkeypatch.setattr(chat_turns.time, "monotonic", iter([5000, 5001, 5002, 6500, 6501, 6502]).__next__)
+    assert list(chat_turns.now_and_then(answers())) == ["a", "abc", "abcd"]
+    assert list(chat_turns.now_and_then(iter([]))) == []
 
 
 def test_the_files_hold_who_said_what() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_ui.engine.decoding import Answers, Sampling
 
 BUSY = [gr.update(interactive=False), gr.update(interactive=True)]  # of Send and Stop
+DRAWING_SECONDS = 0.1
 READY = [gr.update(interactive=True), gr.update(interactive=False)]
 
 
@@ -119,7 +121,7 @@ def respond(
     try:
         system, *values = settings
         drawn = sampling(*values)
-        for answers in services.chat.reply(sides(services, speaker_id, system, histories), drawn):
+        for answers in now_and_then(services.chat.reply(sides(services, speaker_id, system, histories), drawn)):
             said = [[*h, {"role": "assistant", "content": words}] for h, words in zip(histories, answers.texts, strict=True)]
             yield [*columns(said if answers.tokens else histories), markup.note(told(answers, drawn.seed)), gr.skip(), *BUSY]
             if wish.stop and not answers.tokens and not wish.instead:  # as if it had not been asked
@@ -130,16 +132,23 @@ def respond(
     except UserError as error:
         yield [tuned, base, markup.error(services.told(error)), after_failure, *READY]
     except Exception as error:  # noqa: BLE001 - shown in the answer's place; the next answer works
-        yield [
-            tuned,
-            base,
-            markup.error(f"The answer broke off: {services.told(error)}. Send again, or choose another."),
-            after_failure,
-            *READY,
-        ]
+        why = f"The answer broke off: {services.told(error)}. Send again, or choose another."
+        yield [tuned, base, markup.error(why), after_failure, *READY]
         traceback.print_exc()
     else:
         yield [*wish.instead, "", gr.skip(), *READY] if wish.instead else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
+
+
+def now_and_then(answers: Iterator[Answers]) -> Iterator[Answers]:
+    """Some of them, and the last. A page that draws every token of a fast model falls behind, and then answers to no click."""
+    shown_at, last = 0.0, None
+    for last in answers:
+        if time.monotonic() - shown_at >= DRAWING_SECONDS:
+            shown_at = time.monotonic()
+            yield last
+            last = None
+    if last is not None:
+        yield last
 
 
 def sides(services: Services, speaker_id: str, system: str | None, histories: Sequence[list[Turn]]) -> list[Side]:
