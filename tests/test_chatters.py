@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
-from chatting import crowd, overtakings, people, play, until, waiting_in_line
+from chatting import crowd, overtaken, people, play, until, waiting_in_line
 from playwright.sync_api import Browser, expect
 from serving import Served, go, open_page, served
 from training import trained
@@ -49,7 +49,7 @@ def test_twenty_people_are_answered_in_turn_and_nobody_hears_another(app: Served
     assert len({one.given["chat-input"].split(">")[0].split(".")[0] for one in heard if one.texts}) > 9
     assert [one for one in heard if not one.ended and not one.left] == []  # nobody waits for ever
     assert {place for one in heard for place in one.places} >= {1, 2, 5}
-    assert overtakings(heard) == []
+    assert overtaken(heard) == []
     assert mixed(run, heard) == []
 
 
