@@ -149,8 +149,11 @@ class Queue:
         except Timeout:
             raise Busy("The queue is being worked through already, by an app or a terminal. Look at its runs, or hold it first.") from None
         try:
+            with self._writing():
+                self._going.touch()
             yield
         finally:
+            self._going.unlink(missing_ok=True)
             lock.release()
 
     def is_going(self) -> bool:
@@ -193,13 +196,22 @@ class Queue:
 
     def stamp(self) -> str:
         """Another text when anything has changed: the cheap question of a page."""
-        return f"{self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0} {self.is_worked_through()}"
+        try:
+            changed = self.folder.stat().st_mtime_ns
+        except OSError:
+            return ""
+        # What was left by a process that was killed; to try the lock costs more than to look for a file.
+        return f"{changed} {self._going.exists() and self.is_worked_through()}"
 
     # On disk ----------------------------------------------------------------------------------------------------------------
 
     @property
     def _held(self) -> Path:
         return self.folder / "hold"
+
+    @property
+    def _going(self) -> Path:
+        return self.folder / "going"
 
     def _path(self, entry_id: str) -> Path:
         return self.folder / f"{entry_id}.json"

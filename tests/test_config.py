@@ -16,7 +16,7 @@ from qlora_ui.knobs import Knob
 
 NUMBERS = [name for name, knob in KNOBS.items() if knob.kind in (int, float)]
 CHOICES = [name for name, knob in KNOBS.items() if knob.choices]
-GRAMMAR = {"layers_to_skip": ("", "0", "1, 3", "0-2,7")}  # text that is not free
+GRAMMAR = {"layers_to_skip": ("", "0", "1, 3", "0-2,7"), "report_to": ("", "none", "wandb, tensorboard")}  # text that is not free
 BOOLEANS = [name for name, knob in KNOBS.items() if knob.kind is bool]
 
 

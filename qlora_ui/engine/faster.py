@@ -13,10 +13,12 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 
+from qlora_ui.config import QuantizationConfig
 from qlora_ui.engine.cpu_adapter import plain
-from qlora_ui.engine.hardware import free_memory_gib, give_memory_back
+from qlora_ui.engine.hardware import Hardware, free_memory_gib, give_memory_back
 from qlora_ui.errors import UserError
 from qlora_ui.memory.devices import GIB
+from qlora_ui.memory.shapes import ModelShape
 
 
 def use_quick_products(model: Any) -> None:
@@ -42,6 +44,15 @@ def kept_packed(model: Any) -> Iterator[None]:
     finally:
         for state in packed:
             state.packing_format_for_cpu = True
+
+
+def offered_gib(shape: ModelShape, quantization: QuantizationConfig, hardware: Hardware) -> float:
+    """The memory that `Faster` takes, of a model that is not loaded; 0 where there is nothing to gain."""
+    dtype = hardware.compute_dtype if quantization.compute_dtype == "auto" else quantization.compute_dtype
+    if hardware.kind != "cpu" or quantization.quant_bits != "4" or (has_avx512bf16() and dtype == "bfloat16"):
+        return 0
+    weights = sum(linear.weights * count for linear, count in shape.linears if linear.quantized)
+    return weights * (4 if dtype == "float32" else 2) / GIB
 
 
 def four_bit(model: Any) -> list[Any]:

@@ -115,6 +115,8 @@ class Tracker(TrainerCallback):
 def begin_wandb(run: Run) -> None:
     """Its run, under our run's id, so that one that goes on goes on there too. Its files lie in the run folder."""
     wandb = importlib.import_module("wandb")
+    if wandb.run is not None:
+        raise RuntimeError(f"it is still sending {wandb.run.name}")
     settings = wandb.Settings(console="off", silent=True, init_timeout=CONNECTING_SECONDS)  # what the app prints is not this run's
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     wandb.init(project=project, id=run.id, name=run.id, resume="allow", dir=str(run.folder), settings=settings)
