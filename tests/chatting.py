@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -107,7 +107,7 @@ class Person:
         path = "queue/join" if dependency["queue"] else "run/predict"
         (await self._client.post(f"/gradio_api/{path}", json=call)).raise_for_status()
 
-    async def _shown(self, dependency: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _shown(self, dependency: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """What the fields show, by elem_id, at each update. Gradio sends only how an update differs from the one before."""
         names = [self._name(part) for part in dependency["outputs"]]
         before: list[Any] = []

@@ -122,11 +122,12 @@ def contenders(run: Run, compute_dtype: str) -> dict[str, Callable[[Sequence[Mes
     }
     if model.faster.gib:
         listed |= {"ours, base, faster": Ours(model, speaker.base, faster=True), "ours, tuned, faster": Ours(model, speaker, faster=True)}
-    first = {
+    first: dict[str, Callable[[Sequence[Message], int], list[float]]] = {
         "plain generate, adapter in PEFT": listed["plain generate, adapter in PEFT"],
         "ours, nothing kept": Ours(model, speaker, remembers=False),
     }
-    return listed | {f"first token: {name}": one for name, one in {**first, "ours": Ours(model, speaker)}.items()}
+    first["ours"] = Ours(model, speaker)
+    return listed | {f"first token: {name}": one for name, one in first.items()}
 
 
 def race(run: Run, compute_dtype: str) -> None:
