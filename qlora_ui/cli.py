@@ -297,12 +297,20 @@ def chat_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     asked = [(speaker.base if arguments.base else speaker, [Message(role="user", content=arguments.prompt)])]
     printed, noted = "", ""
     for answers in EngineChat(workspace).reply(asked, sampling):
-        if answers.note not in ("", noted):
-            print(answers.note, file=sys.stderr)
+        if answers.note != noted:
+            print_aside(answers.note)
         print(answers.texts[0][len(printed) :], end="", flush=True)
         printed, noted = answers.texts[0], answers.note
     print()
     return 0
+
+
+def print_aside(note: str) -> None:
+    """What is waited for, in one line of a terminal that comes and goes; without a terminal, how far it is is not told."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{note}", end="" if note.endswith("…") or "… " in note or not note else "\n", file=sys.stderr, flush=True)
+    elif note and "… " not in note:
+        print(note, file=sys.stderr)
 
 
 def chat_speaker(arguments: argparse.Namespace, workspace: Workspace) -> Speaker:

@@ -9,7 +9,7 @@ import importlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qlora_ui import exported, exports
 from qlora_ui.errors import UserError
@@ -65,6 +65,8 @@ def into_workspace(
     run: Run, kind: Kind, checkpoint: int | None = None, quantize: bool = False, repository: str = "", private: bool = True
 ) -> Export:
     """An export to a place of its own among those of the workspace; an adapter that is not pushed is a zip. Raises UserError."""
+    if kind not in get_args(Kind):
+        raise UserError(f"{kind!r} is no kind of export. Choose one of {', '.join(get_args(Kind))}.")
     step = "" if checkpoint is None else f"-step{checkpoint}"
     form = "-nf4" if quantize else ".zip" if kind == "adapter" and not repository else ""
     target = exported.free_name(run.workspace, f"{run.id}{step}-{kind}{form}")
@@ -148,7 +150,8 @@ class Exporting:
             self._end("failed", f"The export broke off: {error}. Nothing half made was kept. Please report it.", wish)
             raise
         else:
-            self._end("done", f"{made.export.verification.sentence()}.", wish)
+            pushed = f" Pushed: {made.pushed}" if made.pushed else ""
+            self._end("done", f"{made.export.verification.sentence()}.{pushed}", wish)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, PhaseProgress):

@@ -6,12 +6,12 @@ import contextlib
 import json
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from qlora_ui import checkpoints, labels
-from qlora_ui.config import QuantizationConfig
+from qlora_ui.config import QuantizationConfig, RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.runs import Run, Workspace
 
@@ -25,11 +25,13 @@ class Speaker:
     """A base model in its bits, with the adapter of a folder on it or bare, and the words that it is asked in.
 
     These are the chat template of the tokenizer in the folder `vocabulary`, or of the base's own where that is None; with another
-    `prompt_format` than "tokenizer", that one. By its `id` a speaker is found again, also after a restart.
+    `prompt_format` than "tokenizer", that one. By its `id` a speaker is found again, also after a restart; `name` tells it from all
+    others here, `title` is what to call it elsewhere.
     """
 
     id: str
     name: str
+    title: str
     model: str
     revision: str = "main"
     trust_remote_code: bool = False
@@ -93,18 +95,25 @@ def of_run(run: Run, step: int | None = None) -> Speaker:
         raise UserError(f"{run.id} has no adapter yet. Choose a run that finished or was stopped after its first step.", field="run")
     if step is not None and not (folder / checkpoints.SEAL).exists():
         raise UserError(f"{run.id} has no complete checkpoint of step {step}. Choose another.", field="checkpoint")
-    config = run.config()
+    config, commit = _written(run, run.config_path.stat().st_mtime_ns)
     title = labels.title(run)
     return Speaker(
         id=run.id if step is None else f"{run.id}/{folder.name}",
         name=(run.id if title == run.name else f"{title} ({run.id})") + ("" if step is None else f" · step {step}"),
+        title=title,
         model=config.model.model,
-        revision=run.facts().get("model_commit") or config.model.revision,  # the very base that it was trained on
+        revision=commit or config.model.revision,  # the very base that it was trained on
         trust_remote_code=config.model.trust_remote_code,
         quantization=config.quantization,
         adapter=folder,
         vocabulary=folder,
     )
+
+
+@lru_cache(maxsize=10_000)
+def _written(run: Run, changed: int) -> tuple[RunConfig, str]:
+    """A run's config, and the commit of its base. Kept, because reading that of 500 runs takes a second."""
+    return run.config(), run.facts().get("model_commit") or ""
 
 
 def adapters(workspace: Workspace) -> Path:
@@ -127,6 +136,7 @@ def of_adapter(workspace: Workspace, name: str) -> Speaker:
         base,
         id=ADAPTER + name,
         name=name.replace("--", "/"),
+        title=name.replace("--", "/"),
         revision=revision,
         adapter=folder,
         vocabulary=folder if any(folder.glob("tokenizer.*")) else None,
@@ -144,7 +154,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 def bare(model: str) -> Speaker:
     """A base without an adapter, in NF4 with double quantization."""
-    return Speaker(id=MODEL + model, name=f"{model} · base", model=model)
+    return Speaker(id=MODEL + model, name=f"{model} · base", title=model, model=model)
 
 
 def of_model(workspace: Workspace, model: str) -> Speaker:

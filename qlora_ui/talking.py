@@ -28,7 +28,9 @@ ShouldStop = Callable[[], bool]
 
 
 class Chat(Protocol):
-    """Lets anybody answer, one after the other."""
+    """Lets anybody answer, one after the other. `faster`: for more memory, where the machine has something to gain."""
+
+    faster: bool
 
     def reply(self, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]: ...
 
@@ -42,6 +44,7 @@ class EngineChat:
         self._workspace = workspace
         self._model: ChatModel | None = None
         self._turns = Turns("chat")
+        self.faster = False
         self._wanted_back = threading.Event()
 
     def reply(self, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]:
@@ -97,6 +100,7 @@ class EngineChat:
         while silent and not should_stop():
             news = _News(tell, so_far)
             model, rows = self._made_ready(silent, news.loading, should_stop)
+            model.faster.switch(self.faster)
             model.answer([sides[row] for row in rows], sampling, partial(news.answering, rows), should_stop)
             so_far = news.so_far
             silent = {row: speaker for row, speaker in silent.items() if row not in rows}

@@ -7,15 +7,18 @@ import contextlib
 import json
 import random
 import re
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from gradio_client.utils import apply_diff
 from serving import Served
 
+Result = TypeVar("Result")
 PLACE = re.compile(r"(\d+) (?:people are|person is) before you")
 
 
@@ -44,6 +47,7 @@ class Person:
 
     def __init__(self, client: httpx.AsyncClient, config: dict[str, Any], session: str) -> None:
         self._client, self.session = client, session
+        self.heard = Heard(given={}, turns=[], sent=0)
         self._parts = {part["id"]: part for part in config["components"]}
         self._dependencies = config["dependencies"]
 
@@ -61,7 +65,7 @@ class Person:
         """Send, and hear the answer to its end. When the patience, in seconds, is over: press Stop, or be gone."""
         send = next(one for one in self._dependencies if ("chat-send", "click") in self._targets(one))
         turns = given.get("chat-tuned", [])
-        heard = Heard(given=given, turns=turns, sent=time.perf_counter())
+        self.heard = heard = Heard(given=given, turns=turns, sent=time.perf_counter())
         await self._send(send, given)
         stopping: asyncio.Task[None] | None = None
         async with contextlib.aclosing(self._shown(send)) as updates, asyncio.TaskGroup() as tasks:
@@ -103,7 +107,7 @@ class Person:
         path = "queue/join" if dependency["queue"] else "run/predict"
         (await self._client.post(f"/gradio_api/{path}", json=call)).raise_for_status()
 
-    async def _shown(self, dependency: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _shown(self, dependency: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """What the fields show, by elem_id, at each update. Gradio sends only how an update differs from the one before."""
         names = [self._name(part) for part in dependency["outputs"]]
         before: list[Any] = []
@@ -143,6 +147,37 @@ async def people(app: Served, count: int) -> AsyncIterator[list[Person]]:
         yield found
 
 
+async def until(there: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not there():
+            await asyncio.sleep(0.02)
+
+
+@contextlib.contextmanager
+def waiting_in_line(app: Served, asked: list[dict[str, Any]]) -> Iterator[None]:
+    """Meanwhile people ask this, one after the other is in the line, and then they are all gone."""
+    there, over = threading.Event(), threading.Event()
+
+    async def play() -> None:
+        async with people(app, len(asked)) as found:
+            tasks = [asyncio.create_task(person.ask(given)) for person, given in zip(found, asked, strict=True)]
+            await until(lambda: any(person.heard.began for person in found) and all(person.heard.note for person in found))
+            there.set()
+            await asyncio.to_thread(over.wait)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    thread = threading.Thread(target=lambda: asyncio.run(play()), daemon=True)
+    thread.start()
+    assert there.wait(timeout=60)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 async def crowd(app: Served, speaker: str, count: int, seconds: float, seed: int, max_new_tokens: int = 32) -> list[Heard]:
     """All of them ask and ask again, each in a conversation of its own with a mark in every question; some lose patience."""
     heard: list[Heard] = []
@@ -177,6 +212,12 @@ async def crowd(app: Served, speaker: str, count: int, seconds: float, seed: int
             for number, person in enumerate(all_of_them):
                 tasks.create_task(one(number, person))
     return heard
+
+
+def play(scene: Coroutine[Any, Any, Result]) -> Result:
+    """In a thread of its own: Playwright keeps the main thread's loop."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, scene).result()
 
 
 def overtakings(heard: list[Heard], margin: float = 1.0) -> list[tuple[Heard, Heard]]:

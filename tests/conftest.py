@@ -26,6 +26,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE", "QLORA_UI_HOME"):
     os.environ.pop(name, None)
 
@@ -51,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:Paged optimizers are not supported on CPU",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Each worker may hold a model, an app and a browser; those that need the GPU need it for themselves."""
+    return 0 if "gpu" in config.option.markexpr.replace("not gpu", "") else min(os.cpu_count() or 1, 4)
 
 
 def pytest_collection_finish() -> None:

@@ -35,4 +35,5 @@ echo "Fetching the starter model ..."
 export QLORA_UI_STARTER=$cache/models
 PYTHONPATH=. python tests/fetch_starter.py "$QLORA_UI_STARTER"
 
-exec python -m pytest "$@"
+# As many workers as cores; a file of tests stays with one of them. Tests of one GPU take turns (tests/conftest.py).
+exec python -m pytest -n auto --dist loadfile "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -145,18 +146,28 @@ def test_a_vote_names_both_moves_the_table_and_is_taken_once(ready: Services) ->
     assert "not kept any more" in arena_tab.vote(ready, "left", "0" * 32)[3]
 
 
+def test_a_vote_that_cannot_be_written_says_so_and_the_pair_still_waits_for_it(ready: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = asked(ready)
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda *_: 0)
+        shown = arena_tab.vote(ready, "left", pair.id)
+    assert "full" in shown[3]
+    assert (shown[5], shown[8]["interactive"]) == (pair.id, True)
+    assert ready.votes.waiting(pair.id) == pair
+
+
 def test_a_question_is_not_asked_over_a_pair_that_waits_and_can_be_skipped(ready: Services) -> None:
     pair = asked(ready)
     (only,) = arena_tab.put(ready, ids(ready), "Another?", pair.id, *FORM[1:])
     assert "wait for your vote" in only[2]
-    assert arena_tab.pass_over(ready, pair.id)[3] == "Who are you?"
+    assert arena_tab.pass_over(ready, pair.id, "")[3] == "Who are you?"
     assert ready.votes.waiting(pair.id) is None
     assert ready.votes.all() == []
 
 
 def test_skipping_ends_answers_that_are_being_written(ready: Services) -> None:
     steps = arena_tab.put(ready, ids(ready), "Who are you?", *FORM)
-    arena_tab.pass_over(ready, next(steps)[4])
+    arena_tab.pass_over(ready, next(steps)[4], "")
     assert len(list(steps)) == 1
     assert not list((ready.workspace.root / "arena" / "waiting").iterdir())
 

@@ -30,6 +30,7 @@ def test_a_page_follows_a_run_in_place_and_goes_on_after_a_restart_of_its_server
     browser: Browser, workspace: Workspace, rows: Path
 ) -> None:
     run = tiny.tiny_run(workspace, rows)
+    run.adapter.mkdir()  # it can be chosen in the chat: a choice that the restarted server has not heard of
     run.append(Planned(total_steps=50, train_rows=8, held_out_rows=2, tokens=80, trained_tokens=40))
     run.append(Phase(name="training"))
     run.append(Log(text=ATTACK))

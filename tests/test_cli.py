@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 import tiny
+from training import Watched
 
 from qlora_ui import jobs
-from qlora_ui.cli import main
+from qlora_ui.cli import chat_speaker, main, parser
 from qlora_ui.engine import train as engine
 from qlora_ui.events import KINDS, Event, Failed, Finished, Phase, Planned, Step, Stopped, decode
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.speakers import Speaker
 from qlora_ui.stopping import Cancelled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,9 +171,32 @@ def test_chat_prints_the_answer_of_the_adapter_or_of_the_base(
     assert answer("--run", "last") == tuned
     assert answer("--run", "last", "--temperature", "1", "--seed", "3") == answer("--run", run.id, "--temperature", "1", "--seed", "3")
 
+    archive = shutil.make_archive(str(rows.parent / "mine"), "zip", run.adapter)
+    assert answer("--adapter", archive) == tuned
+
     for flag, value in (("--max-new-tokens", "0"), ("--temperature", "-1"), ("--seed", "-1")):
         assert main(["chat", "--run", run.id, "--prompt", "Hi", flag, value]) == 2
         assert f"{flag[2:].replace('-', '_')} is {float(value) if 'temp' in flag else value}" in capsys.readouterr().err
+
+
+def test_the_flags_of_chat_name_a_run_a_checkpoint_an_adapter_or_a_model(
+    workspace: Workspace, finished: Watched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished.run.folder, workspace.runs / finished.run.id)
+    shutil.make_archive(str(copy / "mine"), "zip", copy / "adapter")
+
+    def named(*flags: str) -> Speaker:
+        return chat_speaker(parser().parse_args(["chat", *flags, "--prompt", "Hi"]), workspace)
+
+    assert named("--run", "last").adapter == copy / "adapter"
+    assert named("--run", copy.name, "--checkpoint", "8").adapter == copy / "checkpoint-8"
+    brought = named("--adapter", str(copy / "adapter"), "--model", "owner/base")
+    assert (brought.model, named("--adapter", brought.name)) == ("owner/base", brought)
+    assert named("--adapter", str(copy / "mine.zip"), "--model", "owner/base").name.startswith("mine-")
+    assert (named("--model", "owner/base").model, named("--model", "owner/base").adapter) == ("owner/base", None)
+    for wrong in (["--run", copy.name, "--model", "x"], ["--adapter", "x", "--checkpoint", "3"], []):
+        assert main(["chat", *wrong, "--prompt", "Hi"]) == 2
+        assert "Say who is asked" in capsys.readouterr().err
 
 
 def test_chat_with_a_run_without_an_adapter_exits_2(tiny_workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,9 @@ def test_the_demo_finds_runs_checkpoints_and_adapters_in_folders(home: Path, fin
 
 
 def test_what_is_shown_names_no_folder_and_escapes_what_others_wrote(tmp_path: Path) -> None:
-    told = demo.heading(Speaker(id="x", name="<b>Mine</b>", model=str(tmp_path / "secret" / "llama"), adapter=tmp_path), tmp_path)
+    told = demo.heading(
+        Speaker(id="x", name="x", title="<b>Mine</b>", model=str(tmp_path / "secret" / "llama"), adapter=tmp_path), tmp_path
+    )
     assert str(tmp_path) not in told
     assert "llama, licence unknown" in told
     assert "&lt;b&gt;Mine" in told

@@ -29,10 +29,12 @@ MINUTE = 60_000
 @pytest.fixture
 def url(run: Run, gate: Gate) -> Iterator[str]:  # noqa: F811
     """The app over the run's workspace, whose exports wait at the gate."""
-    made = services.build(run.workspace, services.WarmUp())
+    warm_up = services.WarmUp()
+    made = services.build(run.workspace, warm_up)
     page = app.build(replace(made, exporting=Exporting(run.workspace, made.jobs, made.chat.release, gate)))
     port = free_port()
     page.launch(server_port=port, prevent_thread_lock=True, quiet=True, **app.launch_options())
+    warm_up.start()
     yield f"http://127.0.0.1:{port}"
     page.close()
 

@@ -181,6 +181,11 @@ def test_an_export_is_handed_over_as_one_file_unless_it_is_too_large(workspace: 
         pass
 
 
+def test_a_kind_that_does_not_exist_is_refused_before_it_becomes_part_of_a_path(run: Run) -> None:
+    with pytest.raises(UserError, match=r"is no kind of export\. Choose one of adapter, merged, folder"):
+        exporting.into_workspace(run, "/../../out")  # type: ignore[arg-type]
+
+
 def test_what_a_kill_left_half_made_is_swept_away_before_the_next_export(run: Run, gate: Gate) -> None:
     left = exported.folder_of(run.workspace) / ".x-merged.partial-0a1b2c3d"
     left.mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 
 import tiny
 
-from qlora_ui import jobs, speakers
+from qlora_ui import speakers
 from qlora_ui.engine import tokens
 from qlora_ui.engine.adapter import add_adapter
 from qlora_ui.engine.chat import ChatModel
@@ -16,6 +16,7 @@ from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.model import Found, find_here, load_quantized, load_tokenizer
 from qlora_ui.engine.train import encode, make_trainer, read_rows, train
 from qlora_ui.events import CheckpointSaved, Event, Log
+from qlora_ui.execution import execute
 from qlora_ui.runs import Run, Workspace
 
 
@@ -30,7 +31,7 @@ def silent(event: Event) -> None:
 def trained(workspace: Workspace, data: Path, **values: Any) -> Run:
     """A run that was trained to its end, or to its failure."""
     run = tiny.tiny_run(workspace, data, **values)
-    jobs.execute(run, train)
+    execute(run, train)
     return run
 
 

@@ -19,7 +19,7 @@ from qlora_ui.data.formats import Message
 from qlora_ui.engine import tokens
 from qlora_ui.engine.adapter import WEIGHTS, load_adapter, mixes
 from qlora_ui.engine.decoding import Answers, Pass, Sampling, draw
-from qlora_ui.engine.faster import Faster, use_quick_products
+from qlora_ui.engine.faster import Faster, kept_packed, use_quick_products
 from qlora_ui.engine.hardware import detect, free_memory_gib
 from qlora_ui.engine.model import Found, find, find_here, load_quantized, load_tokenizer, make_room
 from qlora_ui.engine.prefixes import Prefixes, Row
@@ -121,7 +121,8 @@ class ChatModel:
         if (speaker.adapter / checkpoints.SEAL).exists() and (wrong := checkpoints.damage(speaker.adapter)):
             raise UserError(f"{speaker.name} cannot be used: {wrong}. Choose another checkpoint.", field="checkpoint")
         name = f"adapter-{len(self._names)}"
-        self.model = load_adapter(self.model, speaker.adapter, name)
+        with kept_packed(self.model):
+            self.model = load_adapter(self.model, speaker.adapter, name)
         self._names[_version(speaker.adapter)] = name
         self._mixes = mixes(self.model)
         if warning := self._self_test.check(speaker.name, partial(self._answering, [BASE]), partial(self._answering, [name])):

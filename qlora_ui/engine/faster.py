@@ -5,16 +5,20 @@ Knows nothing of runs or Gradio.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 
+from qlora_ui.config import QuantizationConfig
 from qlora_ui.engine.cpu_adapter import plain
-from qlora_ui.engine.hardware import free_memory_gib, give_memory_back
+from qlora_ui.engine.hardware import Hardware, free_memory_gib, give_memory_back
 from qlora_ui.errors import UserError
 from qlora_ui.memory.devices import GIB
+from qlora_ui.memory.shapes import ModelShape
 
 
 def use_quick_products(model: Any) -> None:
@@ -26,6 +30,29 @@ def use_quick_products(model: Any) -> None:
         block, (out_features, in_features) = layer.weight.quant_state.blocksize, layer.weight.quant_state.shape
         fits = out_features % 32 == 0 and in_features % block == 0  # else it breaks off
         layer.support_avx512bf16_for_cpu = has_avx512bf16() and fits and layer.compute_dtype == torch.bfloat16
+
+
+@contextlib.contextmanager
+def kept_packed(model: Any) -> Iterator[None]:
+    """Asked for its `state_dict`, as PEFT does when an adapter is loaded, a layer unpacks its weights for good. Packed again they are
+    not quite the same; so nothing is said of the packing meanwhile, and the 4-bit weights must not be read from that dict."""
+    packed = [layer.weight.quant_state for layer in four_bit(model) if getattr(layer.weight.quant_state, "packing_format_for_cpu", False)]
+    for state in packed:
+        state.packing_format_for_cpu = False
+    try:
+        yield
+    finally:
+        for state in packed:
+            state.packing_format_for_cpu = True
+
+
+def offered_gib(shape: ModelShape, quantization: QuantizationConfig, hardware: Hardware) -> float:
+    """The memory that `Faster` takes, of a model that is not loaded; 0 where there is nothing to gain."""
+    dtype = hardware.compute_dtype if quantization.compute_dtype == "auto" else quantization.compute_dtype
+    if hardware.kind != "cpu" or quantization.quant_bits != "4" or (has_avx512bf16() and dtype == "bfloat16"):
+        return 0
+    weights = sum(linear.weights * count for linear, count in shape.linears if linear.quantized)
+    return weights * (4 if dtype == "float32" else 2) / GIB
 
 
 def four_bit(model: Any) -> list[Any]:

@@ -67,8 +67,8 @@ def build(services: Services) -> gr.Blocks:
         seen = live.build(news)
         page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
         arena_tab.wire(services, arena, arena_shown, tabs, page, kept_contestants, QUIET)
-        redrawn = wire(services, bar, tabs, data, train, chat, runs, seen, news, page)
-        wire_export(services, bar, tabs, export, seen, news, redrawn)
+        wire(services, bar, tabs, data, train, chat, runs, export, seen, news, page)
+        wire_export(services, bar, tabs, export, seen, news)
         scripting.build(services)
     return page
 
@@ -86,16 +86,18 @@ def wire(
     train: train_tab.TrainTab,
     chat: chat_tab.ChatTab,
     runs: runs_tab.RunsTab,
+    export: export_tab.ExportTab,
     seen: gr.HTML,
     news: live.News,
     page: gr.Blocks,
-) -> Any:
-    """Everything that crosses from one tab to another. Returns the event after which buttons and choices are redrawn."""
+) -> None:
+    """Everything that crosses from one tab to another."""
     # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
     # and only when the script has found another key than the one that it was drawn for.
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
-    shown = [bar.chip, *bar.shown, train.plot, chat.speaker]
-    redrawn = seen.change(partial(redraw, services), [chat.speaker], shown, queue=False, **QUIET)
+    chosen, shown = [chat.speaker, *export.chosen], [bar.chip, *bar.shown, train.plot, chat.speaker, *export.shown]
+    # As they stand: after a restart of the server, Gradio would refuse a choice that the page still has.
+    seen.change(partial(redraw, services), chosen, shown, preprocess=False, queue=False, **QUIET)
 
     # What a person has set but not started yet lives in their browser; everything else is the server's.
     draft = gr.BrowserState({}, storage_key="qlora-ui-draft", secret="not secret, only fixed")
@@ -141,18 +143,15 @@ def wire(
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
     page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
-    return redrawn
 
 
 def wire_export(
-    services: Services, bar: run_bar.RunBar, tabs: gr.Tabs, export: export_tab.ExportTab, seen: gr.HTML, news: live.News, redrawn: Any
+    services: Services, bar: run_bar.RunBar, tabs: gr.Tabs, export: export_tab.ExportTab, seen: gr.HTML, news: live.News
 ) -> None:
-    """The Export tab follows what every page sees of runs and exports."""
+    """What the Export tab is told, and who leads to it."""
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
-    known = [export.run, export.weights, export.past, export.newest]
-    redrawn.then(partial(export_tab.look, services), known, export.shown, queue=False, **QUIET)
     wished = [export.run, export.weights, export.kind, export.quantize, export.push]
-    measured = heard([field.change for field in wished]).change
+    measured = heard([bar.chip.change, *[field.change for field in wished]]).change
     measured(partial(export_tab.room_words, services), wished, [export.size], trigger_mode="always_last", **QUIET)
     asked = [*wished, export.repository, export.private, export.token]
     export.start.click(partial(export_tab.start, services), asked, [export.message, export.token], **QUIET).then(**look)
@@ -300,18 +299,19 @@ def glance(services: Services, news: live.News) -> str:
         return "a run is gone"
 
 
-def redraw(services: Services, talking_to: str | None) -> list[Any]:
-    """What can be pressed and chosen, for the newest run."""
+def redraw(services: Services, talking_to: str | None, *exporting: Any) -> list[Any]:
+    """What can be pressed and chosen, for the newest run and for exports."""
     run = services.workspace.newest()
     try:
         progress = services.watch.progress(run) if run else None
         bar = run_bar.look(services, run, progress)
         drawn = {"run": run.id if run else "", "version": run.size() if run else 0}
+        export = export_tab.look(services, *exporting)
     except FileNotFoundError:  # discarded since: the next glance says so
-        return [gr.skip()] * (len(run_bar.NO_RUN) + 3)
+        return [gr.skip()] * (len(run_bar.NO_RUN) + 3 + export_tab.SHOWN)
     running = progress is not None and progress.state == "running"
     choices = gr.skip() if running and talking_to else chat_tab.choices(services, talking_to)
-    return [run_bar.device_chip(services.hardware()), *bar, drawn, choices]
+    return [run_bar.device_chip(services.hardware()), *bar, drawn, choices, *export]
 
 
 def curves(services: Services, run_id: str, rewinds: int, stride: int, count: int, held_out_count: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def build(services: Services, quiet: dict[str, Any]) -> ArenaTab:
     shown = [left, right, note, text, pair, ask, skip, *ballot.values()]
     asked = [contestants, text, pair, *settings]
     gr.on([ask.click, text.submit], partial(put, services), asked, shown, concurrency_limit=None, **quiet)  # the chat's line is one
-    skip.click(partial(pass_over, services), [pair], shown, queue=False, **quiet)
+    skip.click(partial(pass_over, services), [pair, text], shown, queue=False, **quiet)
     for outcome, button in ballot.items():
         button.click(partial(vote, services, outcome), [pair], [table, *shown], **quiet)
     pair.change(None, [pair], None, js=ADDRESS, **quiet)
@@ -134,11 +134,11 @@ def put(
         yield to_vote_on(written) if written else screen("ready")
 
 
-def pass_over(services: Services, pair_id: str) -> list[Any]:
-    """Drop the pair without a vote, also while its answers are being written; the question can be changed and asked again."""
+def pass_over(services: Services, pair_id: str, text: str) -> list[Any]:
+    """Drop the pair without a vote, also while its answers are being written. Its question can be asked again, if no other was begun."""
     pair = services.votes.waiting(pair_id)
     services.votes.drop(pair_id)
-    return screen("ready", markup.note("Skipped: nobody was voted for."), text=pair.prompt if pair else SKIP, pair="")
+    return screen("ready", markup.note("Skipped without a vote."), text=pair.prompt if pair and not text.strip() else SKIP, pair="")
 
 
 def vote(services: Services, outcome: Outcome, pair_id: str) -> list[Any]:
@@ -146,7 +146,8 @@ def vote(services: Services, outcome: Outcome, pair_id: str) -> list[Any]:
     try:
         taken, counts = services.votes.cast(pair_id, outcome)
     except UserError as error:
-        return [SKIP, *screen("ready", markup.error(str(error)), pair="")]
+        still = services.votes.waiting(pair_id)  # a full disk: the vote can be cast when there is room
+        return [SKIP, *screen("voting" if still else "ready", markup.error(str(error)), pair=pair_id if still else "")]
     return [standings(services), *revealed(taken, "" if counts else "These two had been voted on before, and that vote counts.")]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from qlora_ui.services import Services
-from qlora_ui.ui import chat_turns
+from qlora_ui.ui import chat_turns, faster_switch
 from qlora_ui.ui.chat_turns import Wish
 from qlora_ui.ui.examples import EXAMPLES
 
@@ -30,6 +30,7 @@ class Panel:
     stop: gr.Button
     clear: gr.Button
     settings: list[Any]
+    faster: gr.Checkbox
 
 
 def build(label: str) -> Panel:
@@ -61,8 +62,11 @@ def build(label: str) -> Panel:
             gr.Accordion("System prompt and sampling", open=True, elem_id="chat-settings"),
         ):
             settings = build_settings()
+            faster = faster_switch.build()
     wish = gr.State(Wish())
-    return Panel(wish=wish, tuned=tuned, base=base, note=note, text=text, send=send, stop=stop, clear=clear, settings=settings)
+    return Panel(
+        wish=wish, tuned=tuned, base=base, note=note, text=text, send=send, stop=stop, clear=clear, settings=settings, faster=faster
+    )
 
 
 def build_settings(of: str = "chat") -> list[Any]:
@@ -98,4 +102,5 @@ def wire(services: Services, panel: Panel, speaker: Any, compare: Any, then: Cal
     then(panel.tuned.retry(partial(chat_turns.retry, services), asked, [*told, panel.settings[-1]], **at_once))
     then(panel.tuned.edit(edited, asked, told, **at_once))
     then(panel.tuned.undo(chat_turns.undo, [panel.tuned, panel.base], [panel.tuned, panel.base, panel.text], **QUIET))
+    faster_switch.wire(services, panel.faster, speaker.change, send.then, speaker=speaker, **QUIET)
     panel.stop.click(chat_turns.ask_to_stop, [panel.wish], None, queue=False, **QUIET)

@@ -143,8 +143,10 @@ def show(services: Services, conversation: dict[str, Any], wish: Wish, kept: Kep
     chat_turns.show_instead(wish, conversation["tuned"], conversation["base"])
     kept = {**kept, "open": conversation["id"]}
     chosen = gr.update(choices=conversations.choices(kept), value=conversation["id"])
-    who = choices(services, conversation["speaker"])
-    return [who, conversation["tuned"], conversation["base"], "", kept, conversation["id"], chosen]
+    who, note = choices(services, conversation["speaker"]), ""
+    if conversation["tuned"] and who["value"] != conversation["speaker"]:
+        note = markup.error(f"{conversation['speaker']}, with whom this conversation was, is not here any more.")
+    return [who, conversation["tuned"], conversation["base"], note, kept, conversation["id"], chosen]
 
 
 def restored(services: Services, kept: Kept) -> list[Any]:

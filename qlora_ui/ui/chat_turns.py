@@ -122,6 +122,9 @@ def respond(
         for answers in services.chat.reply(sides(services, speaker_id, system, histories), drawn):
             said = [[*h, {"role": "assistant", "content": words}] for h, words in zip(histories, answers.texts, strict=True)]
             yield [*columns(said if answers.tokens else histories), markup.note(told(answers, drawn.seed)), gr.skip(), *BUSY]
+            if wish.stop and not answers.tokens and not wish.instead:  # as if it had not been asked
+                yield [tuned, base, "", after_failure, *READY]
+                return
             if wish.stop:
                 break
     except UserError as error:

@@ -33,9 +33,9 @@ def speaker_of(wish: str, workspace: Workspace) -> Speaker:
 
 def build(services: Services, speaker: Speaker) -> gr.Blocks:
     """The page of that speaker."""
-    with gr.Blocks(title=f"Chat with {shown(speaker.name)}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(title=f"Chat with {shown(speaker.title)}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(heading(speaker, services.workspace.models), elem_id="demo-heading")
-        panel = chat_panel.build(shown(speaker.name))
+        panel = chat_panel.build(shown(speaker.title))
         gr.HTML(limits(), elem_id="demo-limits")
         chat_panel.wire(replace(services, is_public=True), panel, gr.State(speaker.id), gr.State(False), then=lambda ended: None)
         panel.clear.click(start_over, [panel.wish], [panel.tuned, panel.base, panel.note], queue=False, **QUIET)
@@ -53,11 +53,11 @@ def heading(speaker: Speaker, models: Path) -> str:
     base, base_licence = shown(speaker.model), licences.of_model(speaker.model, models)
     facts = {"Base model": f"{base}, {licence(base_licence)}"}
     if speaker.adapter:
-        facts["Adapter"] = f"{shown(speaker.name)}, {licence(licences.of_folder(speaker.adapter))}"
+        facts["Adapter"] = f"{shown(speaker.title)}, {licence(licences.of_folder(speaker.adapter))}"
     facts["Stored in"] = speaker.stored
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     what = f"{base}, fine-tuned with QLoRA." if speaker.adapter else f"{base}, as it was published."
-    return f'<h1>Chat with {escape(shown(speaker.name))}</h1><p>{escape(what)}</p><dl class="demo-facts">{rows}</dl>'
+    return f'<h1>Chat with {escape(shown(speaker.title))}</h1><p>{escape(what)}</p><dl class="demo-facts">{rows}</dl>'
 
 
 def licence(name: str) -> str:

@@ -24,7 +24,8 @@ def now(job: Job | None) -> str:
     """The newest export: its way while it is made, then how it ended. What is announced changes with its end only."""
     if job is None:
         return NOTHING
-    head = f"{HEADS[job.stand]}: {TITLES[job.kind].lower()} of {job.run}, step {job.step}"
+    ending = "Exported, but not pushed" if job.name and job.stand != "done" else HEADS[job.stand]
+    head = f"{ending}: {TITLES[job.kind].lower()} of {job.run}, step {job.step}"
     doing = "Ending…" if job.asked_to_end and job.stand == "running" else job.doing
     share = 100 * (1.0 if job.stand == "done" else job.share or 0.0)
     log = "".join(f"{line}\n" for line in job.log)

@@ -17,11 +17,12 @@ from qlora_ui.services import Services
 from qlora_ui.ui import export_markup, live, markup
 
 DEFAULT = "result"
+SHOWN = 6  # fields are filled by `look`
 KINDS = [(title, kind) for kind, title in export_markup.TITLES.items()]
 TOKEN = "Used for this push only, and kept nowhere. Empty: the server's own HF_TOKEN or login."
 PRESS = "(said) => { if (!said) setTimeout(() => document.querySelector('#export-file').click(), 100); }"
 FOCUS = "() => setTimeout(() => document.querySelector('#export-delete-cancel')?.focus(), 50)"
-HIDDEN, SHOWN = gr.update(visible=False), gr.update(visible=True)
+HIDDEN, VISIBLE = gr.update(visible=False), gr.update(visible=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,11 @@ class ExportTab:
     cancel: gr.Button
     past: gr.Radio
     newest: gr.Textbox
+
+    @property
+    def chosen(self) -> list[gr.components.Component]:
+        """What `look` is told, in its order."""
+        return [self.run, self.weights, self.past, self.newest]
 
     @property
     def shown(self) -> list[gr.components.Component]:
@@ -161,6 +167,8 @@ def room_words(services: Services, run_id: str | None, weights: str | None, kind
     run = services.find(run_id or "")
     if run is None:
         return markup.note("There is nothing to export yet. Train a run first, on the Train tab.")
+    if services.hardware() is None:  # the libraries that measure it are still being loaded
+        return markup.note("Looking at the device…")
     try:
         sizes = exporting.sizes(run, kind, step_of(weights), quantize and kind == "merged", push and kind != "folder")
         free = shutil.disk_usage(exported.folder_of(services.workspace)).free
@@ -230,7 +238,7 @@ def ask(services: Services, name: str | None) -> list[Any]:
     record = exported.past(services.workspace).get(name or "")
     if not name or record is None:
         return [HIDDEN, "", ""]
-    return [SHOWN, markup.question(f"Delete exports/{name} ({size_words(record.bytes)})? The run stays."), name]
+    return [VISIBLE, markup.question(f"Delete exports/{name} ({size_words(record.bytes)})? The run stays."), name]
 
 
 def deleted(services: Services, name: str, chosen: str | None) -> list[Any]:

@@ -16,7 +16,7 @@ const typed = (name) => String((inputOf(name) ?? { value: values[name] ?? "" }).
 
 /** Why a number is wrong, in the words of its declaration; what depends on several fields is the server's to say. */
 function fault(name) {
-  const { whole, low, high, requirement } = knobs[name];
+  const { whole, low, high, requirement } = knobs[name] ?? {};
   if (!requirement) return "";
   const text = typed(name);
   const number = text.trim() === "" ? NaN : Number(text);
@@ -45,7 +45,9 @@ function draw() {
   const changed = names.filter((name) => knobs[name].of_preset && differs(name));
   for (const name of names) mark(name, changed.includes(name), wrong[name] ?? "");
   tell(changed);
-  document.querySelector("#start-button")?.setAttribute("aria-disabled", String(names.some(fault)));
+  const start = document.querySelector("#start-button");
+  const refusal = fault(names.find(fault) ?? "");
+  if (start && start.title !== refusal) start.title = refusal;
 }
 
 const drawSoon = () => drawing || ((drawing = true), requestAnimationFrame(draw));

@@ -7,12 +7,18 @@ the same. Give the workspace with the starter model in QLORA_UI_HOME.
 
 from __future__ import annotations
 
+import os
+import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_ui import presets, speakers
 from qlora_ui.data.formats import Message
+from qlora_ui.jobs import Jobs
+from qlora_ui.runs import ENV, Run, Workspace
 
 CACHED = Path(__file__).resolve().parents[1] / ".cache"
 ROUNDS, TOKENS = 5, 48
@@ -23,8 +29,6 @@ SAID = (
     "them once in two years. Their wool is fine and without grease, so that it can be spun as it is, and ropes are made of the rest. "
 )
 ASKED = "Thank you. Now tell me more about how a shepherd looks after them in winter, what they eat then, and where they sleep at night."
-Timed = tuple[float, float]
-"""Seconds to the first token, and tokens a second after it."""
 
 
 def conversation(turns: int) -> list[Message]:
@@ -33,12 +37,6 @@ def conversation(turns: int) -> list[Message]:
     for _ in range(turns - 1):
         said += [Message(role="assistant", content=SAID), Message(role="user", content=ASKED)]
     return said
-
-
-def timed(at: Sequence[float]) -> Timed:
-    """From the moment of the beginning and that of each token."""
-    begun, first, *_, last = at
-    return first - begun, (len(at) - 2) / (last - first)
 
 
 class Plain:
@@ -56,10 +54,11 @@ class Plain:
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
 
-    def __call__(self, messages: Sequence[Message], tokens: int) -> Timed:
+    def __call__(self, messages: Sequence[Message], tokens: int) -> list[float]:
+        """The moments of the beginning and of each token."""
         from transformers.generation.streamers import BaseStreamer
 
-        at = [time.perf_counter()]
+        at = list[float]()
 
         class Watch(BaseStreamer):
             def put(self, value: Any) -> None:
@@ -68,7 +67,94 @@ class Plain:
             def end(self) -> None:
                 pass
 
+        begun = time.perf_counter()
         turns = [{"role": message.role, "content": message.content} for message in messages]
         asked = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        self.model.generate(**asked, streamer=Watch(), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
-        return timed([at[0], *at[2:]])  # the streamer is given the prompt first
+        self.model.generate(**asked, streamer=Watch(), do_sample=False, max_new_tokens=tokens)
+        return [begun, *at[1:]]  # the streamer is given the prompt first
+
+
+class Ours:
+    """One side or both of a chat, as the page has them."""
+
+    def __init__(self, model: Any, *who: Any, remembers: bool = True, faster: bool = False) -> None:
+        self._model, self._who, self._remembers, self._faster = model, who, remembers, faster
+
+    def __call__(self, messages: Sequence[Message], tokens: int) -> list[float]:
+        from qlora_ui.engine.decoding import Sampling
+
+        if not self._remembers or len(messages) == 1:
+            self._model.prefixes.forget()
+        self._model.faster.switch(self._faster)
+        at = [time.perf_counter()]
+        for _ in self._model.reply([(who, messages) for who in self._who], Sampling(temperature=0, max_new_tokens=tokens)):
+            at.append(time.perf_counter())
+        return at
+
+
+def pace(at: Sequence[float]) -> float:
+    """Tokens a second after the first, of one row."""
+    return (len(at) - 2) / (at[-1] - at[1])
+
+
+def contenders(run: Run, compute_dtype: str) -> dict[str, Callable[[Sequence[Message], int], list[float]]]:
+    """Plain ones, and ours as they are offered."""
+    import dataclasses
+
+    from qlora_ui.engine.chat import ChatModel
+    from qlora_ui.engine.hardware import detect, torch_dtype
+    from qlora_ui.engine.model import find_here
+
+    speaker = speakers.of_run(run)
+    speaker = dataclasses.replace(speaker, quantization=dataclasses.replace(speaker.quantization, compute_dtype=compute_dtype))
+    hardware = detect(compute_dtype)
+    model = ChatModel(speaker, run.workspace.models, emit=lambda event: None, should_stop=lambda: False)
+    found = find_here(speaker.model, "main", run.workspace.models)
+    assert found is not None
+    gain = f"faster takes {model.faster.gib:.2f} GiB" if model.faster.gib else "faster is not offered: this CPU has products for 4 bits"
+    print(f"computing in {hardware.compute_dtype} ({hardware.reason}); {gain}", flush=True)
+    listed: dict[str, Callable[[Sequence[Message], int], list[float]]] = {
+        "plain generate, base": Plain(found.folder, torch_dtype(hardware), None),
+        "ours, base": Ours(model, speaker.base),
+        "plain generate, adapter in PEFT": Plain(found.folder, torch_dtype(hardware), run.adapter),
+        "ours, tuned": Ours(model, speaker),
+        "ours, both at once (each)": Ours(model, speaker, speaker.base),
+    }
+    if model.faster.gib:
+        listed |= {"ours, base, faster": Ours(model, speaker.base, faster=True), "ours, tuned, faster": Ours(model, speaker, faster=True)}
+    first: dict[str, Callable[[Sequence[Message], int], list[float]]] = {
+        "plain generate, adapter in PEFT": listed["plain generate, adapter in PEFT"],
+        "ours, nothing kept": Ours(model, speaker, remembers=False),
+    }
+    first["ours"] = Ours(model, speaker)
+    return listed | {f"first token: {name}": one for name, one in first.items()}
+
+
+def race(run: Run, compute_dtype: str) -> None:
+    listed = contenders(run, compute_dtype)
+    drawn = {name: one for name, one in listed.items() if not name.startswith("first")}
+    paces: dict[str, list[float]] = {name: [] for name in drawn}
+    for _ in range(ROUNDS + 1):
+        for name, one in drawn.items():
+            paces[name].append(pace(one(conversation(1), TOKENS)))
+    print("\n| contender | tokens/s, median | least | most |\n|---|---|---|---|")
+    for name, measured in paces.items():
+        timed = measured[1:]  # the first pays for memory that is asked for once
+        print(f"| {name} | {statistics.median(timed):.1f} | {min(timed):.1f} | {max(timed):.1f} |", flush=True)
+    print("\n| seconds to the first token | turn 1 | turn 6 | of the turns 2 to 6, the longest |\n|---|---|---|---|")
+    for name, one in listed.items():
+        if name.startswith("first"):
+            rounds = [[(at := one(conversation(turn), 2))[1] - at[0] for turn in range(1, 7)] for _ in range(ROUNDS + 1)]
+            medians = [statistics.median(turn) for turn in zip(*rounds[1:], strict=True)]
+            print(f"| {name.removeprefix('first token: ')} | {medians[0]:.3f} | {medians[5]:.3f} | {max(medians[1:]):.3f} |", flush=True)
+
+
+def main() -> None:
+    home = Path(os.environ.get(ENV, CACHED)).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace.open(folder)
+        workspace.models.rmdir()
+        workspace.models.symlink_to(home / "models")
+        run = Jobs(workspace).run_here(presets.load("starter").config.with_values({"max_steps": 2}))
+        for compute_dtype in ("auto", "float32"):
+            race(run, compute_dtype)
