@@ -91,7 +91,8 @@ def described(entry: Entry) -> dict[str, Any]:
         o = config.optimization
         length = f"{o.max_steps:,} steps" if o.max_steps else f"{o.num_train_epochs:g} epoch{'' if o.num_train_epochs == 1 else 's'}"
         alone = ["in a process of its own"] if entry.isolated else []
-        about = " · ".join([config.model.model.rpartition("/")[2], sources.shown(config.data.data), length, *changes(config), *alone])
+        own = [] if entry.name else changes(config)  # a run of a sweep is named by them
+        about = " · ".join([config.model.model.rpartition("/")[2], sources.shown(config.data.data), length, *own, *alone])
     title = entry.name or (jobs.run_name(config) if config else entry.id)
     return {"id": entry.id, "title": title, "about": about, "trouble": entry.trouble}
 
