@@ -63,7 +63,12 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             about = gr.HTML(markup.note(first.about), elem_id="preset-about")
             gr.HTML(form.LINE, elem_id="form-differences")
             model = gr.Dropdown(
-                form.MODEL_CHOICES, value=first.config.model.model, allow_custom_value=True, label="Model", elem_id="model-input"
+                form.MODEL_CHOICES,
+                value=first.config.model.model,
+                allow_custom_value=True,
+                label=KNOBS["model"].label,
+                info=KNOBS["model"].help,
+                elem_id="model-input",
             )
             data_line = gr.HTML(elem_id="train-data")
             fields: dict[str, gr.components.Component] = {"model": model}
