@@ -43,7 +43,7 @@ def build(services: Services) -> gr.HTML:
 
 
 def add_button() -> gr.Button:
-    return gr.Button("Add to queue", size="sm", elem_id="queue-add")
+    return gr.Button("Add to queue", elem_id="queue-add", scale=1, min_width=120)
 
 
 def act(services: Services, what: str, entry_id: str) -> str:
