@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ PLACE = re.compile(r"(\d+) (?:people are|person is) before you")
 class Heard:
     """One question, how it was asked, and what came back. Moments are of `time.perf_counter`; a text for each column.
 
-    `seen` is when the page first said that the question was seen, and Stop could be pressed.
+    `seen` is when the page first said that the question was seen, and Stop could be pressed; `places` are those told since.
     """
 
     given: dict[str, Any]
@@ -107,7 +108,7 @@ class Person:
         path = "queue/join" if dependency["queue"] else "run/predict"
         (await self._client.post(f"/gradio_api/{path}", json=call)).raise_for_status()
 
-    async def _shown(self, dependency: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _shown(self, dependency: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """What the fields show, by elem_id, at each update. Gradio sends only how an update differs from the one before."""
         names = [self._name(part) for part in dependency["outputs"]]
         before: list[Any] = []
@@ -220,15 +221,9 @@ def play(scene: Coroutine[Any, Any, Result]) -> Result:
         return pool.submit(asyncio.run, scene).result()
 
 
-def overtakings(heard: list[Heard], margin: float = 1.0) -> list[tuple[Heard, Heard]]:
-    """Who was answered before somebody whose question had been seen first, by more than what a busy machine may shuffle."""
-    answered = [(one.seen, one.began, one) for one in heard if one.seen and one.began]
-    return [
-        (first, later)
-        for seen, began, first in answered
-        for seen_later, began_later, later in answered
-        if seen + margin < seen_later and began_later < began
-    ]
+def overtaken(heard: list[Heard]) -> list[Heard]:
+    """Whom somebody got before who had come later: their place in the line rose."""
+    return [one for one in heard if any(after > before for before, after in itertools.pairwise(one.places))]
 
 
 def squeezed(text: str) -> str:

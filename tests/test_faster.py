@@ -10,13 +10,13 @@ import tiny
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from training import Watched
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompileConfig
 
 from qlora_ui import speakers
 from qlora_ui.data.formats import Message
 from qlora_ui.engine import faster, tokens
 from qlora_ui.engine.decoding import Sampling
-from qlora_ui.engine.faster import Unpacked, offered_gib
+from qlora_ui.engine.faster import Faster, Unpacked, offered_gib
 from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.logits import as_it_is
 from qlora_ui.errors import UserError
@@ -88,3 +88,25 @@ def test_in_bfloat16_a_cpus_own_products_answer_as_those_of_plain_transformers(f
     assert len(answers.texts[0]) > 20
     assert text.startswith(answers.texts[0])  # which ends before half a letter
     assert torch.equal(as_it_is(model.model, list(range(5, 60))), as_it_is(plain, list(range(5, 60))))
+
+
+def test_compiled_layers_answer_as_they_do_uncompiled_tuned_and_base(finished: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, on a CPU: captured as there, and run without a compiler."""
+    captured = CompileConfig(backend="eager", mode=None)
+    captured._compile_all_devices = True
+    monkeypatch.setattr(faster, "CompileConfig", lambda mode: captured)
+    engine, speaker = EngineChat(finished.run.workspace), speakers.of_run(finished.run)
+
+    def said() -> tuple[str, ...]:
+        *_, last = engine.reply([(speaker, ASKED), (speaker.base, ASKED)], Sampling(temperature=0, max_new_tokens=8))
+        return last.texts
+
+    expected = said()
+    model = engine._model
+    assert model is not None
+    model.faster = Faster(model.model.get_base_model(), compiles=True)
+    engine.faster = True
+    assert said() == said() == expected
+    assert hasattr(model.model.get_base_model(), "_compiled_call")
+    engine.faster = False
+    assert said() == expected

@@ -42,7 +42,7 @@ def run(finished: Watched, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def url(run: Run) -> Iterator[str]:
     """The app as `python app.py --api` launches it."""
-    flags = argparse.Namespace(host="127.0.0.1", port=free_port(), share=False, open=False, api=True)
+    flags = argparse.Namespace(host="127.0.0.1", port=free_port(), share=False, open=False, api=True, demo=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(openai_api.KEY, KEY)
         page = top.launch(flags, services.build(run.workspace, services.WarmUp()))

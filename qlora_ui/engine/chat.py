@@ -165,16 +165,18 @@ class ChatModel:
         names = [self._name(speaker) for speaker, _ in sides]
         ids = [line[mask.bool()].tolist() for line, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
         rows = [Row(speaker=name, ids=ids[at], answering=partial(self._answering, [name])) for at, name in enumerate(names)]
+        compiled = self.faster.compiled
+        together = len(set(names)) == 1 or (self._mixes and not compiled)
         passes = [
             Pass(
-                rows=together,
-                answering=partial(self._answering, [names[row] for row in together]),
-                recall=partial(self.prefixes.recall, [rows[row] for row in together], should_stop),
+                rows=at_once,
+                answering=partial(self._answering, [names[row] for row in at_once]),
+                recall=partial(self.prefixes.recall, [] if compiled else [rows[row] for row in at_once], should_stop),
             )
-            for together in ([range(len(sides))] if self._mixes or len(set(names)) == 1 else [[row] for row in range(len(sides))])
+            for at_once in ([range(len(sides))] if together else [[row] for row in range(len(sides))])
         ]
         drawn = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        draw(self.model, self.tokenizer, batch, passes, drawn, self.words(sides[0][0]).end_ids, read, tell, should_stop)
+        draw(self.model, self.tokenizer, batch, passes, drawn, self.words(sides[0][0]).end_ids, read, tell, should_stop, compiled)
 
     def _fitting(self, tokenizer: Any, messages: Sequence[Message], limit: int, max_new_tokens: int) -> tuple[str, int]:
         """The prompt, without as many of the oldest turns as must leave for an answer to have room; their number.

@@ -88,9 +88,10 @@ def draw(
     read: Mapping[str, Any],
     tell: Callable[[Answers], None],
     should_stop: Callable[[], bool],
+    options: Mapping[str, Any],
 ) -> None:
     """Tell the answers of all rows of the batch, at each token. `sampling.max_new_tokens` is what there is room for; `read` goes
-    into every `Answers`."""
+    into every `Answers`, `options` to `generate`."""
     stream = _Rows(len(batch["input_ids"]), tokenizer, end_ids, read, tell)
     for one in passes:
         if should_stop():
@@ -104,6 +105,7 @@ def draw(
                 model.generate(
                     **{name: tensor[stream.rows, -longest:] for name, tensor in batch.items()},
                     **({"past_key_values": cache} if cache else {}),
+                    **options,
                     streamer=stream,
                     stopping_criteria=StoppingCriteriaList([_Stopped(should_stop)]),
                     eos_token_id=list(end_ids),

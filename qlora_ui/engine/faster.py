@@ -1,4 +1,4 @@
-"""How a CPU answers faster: bitsandbytes' own products where it has some, else weights out of their 4 bits, for memory.
+"""How answers come faster: on a CPU by bitsandbytes' own products, else by weights out of their 4 bits; on a GPU by compiling.
 
 Knows nothing of runs or Gradio.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from transformers import CompileConfig
 
 from qlora_ui.config import QuantizationConfig
 from qlora_ui.engine.cpu_adapter import plain
@@ -60,18 +61,31 @@ def four_bit(model: Any) -> list[Any]:
 
 
 class Faster:
-    """Switches a model between its 4-bit layers and plain ones with the very weights that these multiply with. The former stay."""
+    """Switches a model between its own layers and quicker ones.
 
-    def __init__(self, model: Any) -> None:
-        """The base, or one with adapters; these may be put on it later."""
-        on_cpu = model.device.type == "cpu"
-        self._layers = [layer for layer in four_bit(model) if on_cpu and not layer.support_avx512bf16_for_cpu]
+    On a CPU: plain ones with the very weights that the 4-bit layers multiply with; these stay in memory. On a GPU: compiled ones.
+    """
+
+    def __init__(self, model: Any, compiles: bool | None = None) -> None:
+        """The base, or one with adapters; these may be put on it later. `compiles` on a GPU, unless it is said otherwise."""
+        self._model = model
+        self._compiles = model.device.type == "cuda" if compiles is None else compiles
+        self._layers = [] if self._compiles else [layer for layer in four_bit(model) if not layer.support_avx512bf16_for_cpu]
         self.is_on = False
 
     @property
     def gib(self) -> float:
-        """The memory that it takes; 0 where there is nothing to gain."""
+        """The memory that it takes; 0 where there is nothing to gain by memory."""
         return float(sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in self._layers) / GIB)
+
+    @property
+    def compiled(self) -> dict[str, Any]:
+        """What `generate` is told meanwhile, if it compiles: a cache of fixed size, which takes no prefix, and the compiler's mode.
+
+        Compiled code does not see hooks that come and go, so that speakers must answer one after the other.
+        """
+        # Its default would record CUDA graphs, which belong to one thread; ours ends when nobody is in line.
+        return {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")} if self._compiles and self.is_on else {}
 
     def switch(self, on: bool) -> None:
         """Raises UserError where the memory is not there."""
@@ -82,6 +96,8 @@ class Faster:
                 f"Faster answers take {self.gib:.1f} GB, but {free_memory_gib():.1f} GB are free. Close what else uses the memory, "
                 "or leave it off."
             )
+        if on and self._compiles:
+            allow_compiling(self._model)
         for layer in self._layers:
             if on:
                 layer.forward = Unpacked(layer)
@@ -90,6 +106,13 @@ class Faster:
         self.is_on = on
         if not on:
             give_memory_back()
+
+
+def allow_compiling(model: Any) -> None:
+    """transformers does not compile bitsandbytes' layers of itself, though these can be."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        quantizer.__class__ = type("Compileable", (type(quantizer),), {"is_compileable": True})
 
 
 class Unpacked:

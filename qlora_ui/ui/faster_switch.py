@@ -25,22 +25,26 @@ def wire(services: Services, switch: gr.Checkbox, *events: Any, speaker: Any, **
 
 def offer(services: Services, speaker_id: str | None) -> Any:
     """What it takes, once the machine is known; nothing where there is nothing to gain."""
-    gib = faster_gib(services, speaker_id or "")
-    return gr.update(visible=gib > 0, label=f"Faster, takes {gib:.1f} GB", value=services.chat.faster)
+    label = gain(services, speaker_id or "")
+    return gr.update(visible=bool(label), label=label or "Faster", value=services.chat.faster)
 
 
-def faster_gib(services: Services, speaker_id: str) -> float:
+def gain(services: Services, speaker_id: str) -> str:
+    """What the switch says; empty where it would not help."""
     hardware = services.hardware()
     if hardware is None:  # and the engine may not be imported yet
-        return 0
+        return ""
+    if hardware.kind == "cuda":
+        return "Faster, once it is compiled"
     from qlora_ui.engine import faster
 
     try:
         speaker = speakers.find(services.workspace, speaker_id)
         shape = find_shape_within(speaker.model, speaker.revision, services.workspace.models)
     except UserError:  # it was deleted since; its shape is not known here
-        return 0
-    return faster.offered_gib(shape, speaker.quantization, hardware)
+        return ""
+    gib = faster.offered_gib(shape, speaker.quantization, hardware)
+    return f"Faster, takes {gib:.1f} GB" if gib else ""
 
 
 def choose(services: Services, on: bool) -> None:

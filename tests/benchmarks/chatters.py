@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny
-from chatting import Heard, crowd, overtakings, squeezed
+from chatting import Heard, crowd, overtaken, squeezed
 from serving import served
 
 from qlora_ui.data.formats import Message
@@ -98,4 +98,4 @@ def report(heard: list[Heard], seconds: float) -> None:
     print(f"longest {waits[-1]:.2f} s; longest from question to end {max(one.ended - one.sent for one in whole):.2f} s")
     print(f"Stop to the end: median {statistics.median(honoured):.0f} ms, longest {honoured[-1]:.0f} ms")
     told = [place for one in heard for place in one.places]
-    print(f"places told: {len(told)}, the highest {max(told, default=0)}; overtakings: {len(overtakings(heard))}")
+    print(f"places told: {len(told)}, the highest {max(told, default=0)}; overtaken: {len(overtaken(heard))}")

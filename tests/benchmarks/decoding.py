@@ -31,6 +31,10 @@ SAID = (
 ASKED = "Thank you. Now tell me more about how a shepherd looks after them in winter, what they eat then, and where they sleep at night."
 
 
+Contender = Callable[[Sequence[Message], int], list[float]]
+"""Answers a conversation with so many tokens, and returns the moments of the beginning and of each token."""
+
+
 def conversation(turns: int) -> list[Message]:
     """So many questions, and the answers to all but the last."""
     said = [Message(role="user", content=QUESTION)]
@@ -97,7 +101,7 @@ def pace(at: Sequence[float]) -> float:
     return (len(at) - 2) / (at[-1] - at[1])
 
 
-def contenders(run: Run, compute_dtype: str) -> dict[str, Callable[[Sequence[Message], int], list[float]]]:
+def contenders(run: Run, compute_dtype: str) -> dict[str, Contender]:
     """Plain ones, and ours as they are offered."""
     import dataclasses
 
@@ -113,7 +117,7 @@ def contenders(run: Run, compute_dtype: str) -> dict[str, Callable[[Sequence[Mes
     assert found is not None
     gain = f"faster takes {model.faster.gib:.2f} GiB" if model.faster.gib else "faster is not offered: this CPU has products for 4 bits"
     print(f"computing in {hardware.compute_dtype} ({hardware.reason}); {gain}", flush=True)
-    listed: dict[str, Callable[[Sequence[Message], int], list[float]]] = {
+    listed: dict[str, Contender] = {
         "plain generate, base": Plain(found.folder, torch_dtype(hardware), None),
         "ours, base": Ours(model, speaker.base),
         "plain generate, adapter in PEFT": Plain(found.folder, torch_dtype(hardware), run.adapter),
@@ -122,11 +126,12 @@ def contenders(run: Run, compute_dtype: str) -> dict[str, Callable[[Sequence[Mes
     }
     if model.faster.gib:
         listed |= {"ours, base, faster": Ours(model, speaker.base, faster=True), "ours, tuned, faster": Ours(model, speaker, faster=True)}
-    first = {
+    first: dict[str, Contender] = {
         "plain generate, adapter in PEFT": listed["plain generate, adapter in PEFT"],
         "ours, nothing kept": Ours(model, speaker, remembers=False),
     }
-    return listed | {f"first token: {name}": one for name, one in {**first, "ours": Ours(model, speaker)}.items()}
+    first["ours"] = Ours(model, speaker)
+    return listed | {f"first token: {name}": one for name, one in first.items()}
 
 
 def race(run: Run, compute_dtype: str) -> None:
