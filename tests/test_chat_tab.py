@@ -150,6 +150,7 @@ def test_examples_conversations_and_speakers_are_chosen_and_an_adapter_is_brough
         expect(who).to_have_value(re.compile("^mine-"))
         expect(column.locator(".user")).to_have_count(0)
         ask(page, "And you?")
+        expect(kept).to_have_value("And you?")
 
         page.reload()
         go(page, "Chat")

@@ -97,7 +97,7 @@ def wire(
     # The page's own script writes the line, the tiles, the log and the curve; Gradio redraws what a person can press or choose,
     # and only when the script has found another key than the one that it was drawn for.
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
-    chosen, shown = [chat.speaker, *export.chosen], [bar.chip, *bar.shown, train.plot, chat.speaker, *export.shown]
+    chosen, shown = [chat.speaker, chat.kept, *export.chosen], [bar.chip, *bar.shown, train.plot, chat.speaker, *export.shown]
     # As they stand: after a restart of the server, Gradio would refuse a choice that the page still has.
     seen.change(partial(redraw, services), chosen, shown, preprocess=False, queue=False, **QUIET)
 
@@ -311,8 +311,9 @@ def glance(services: Services, news: live.News) -> str:
         return "a run is gone"
 
 
-def redraw(services: Services, talking_to: str | None, *exporting: Any) -> list[Any]:
-    """What can be pressed and chosen, for the newest run and for exports."""
+def redraw(services: Services, talking_to: str | None, kept: dict[str, Any] | None = None, *exporting: Any) -> list[Any]:
+    """What can be pressed and chosen, for the newest run and for exports. Of a page that was just opened, `kept` knows who speaks."""
+    talking_to = talking_to or chat_tab.open_speaker(kept)
     run = services.workspace.newest()
     try:
         progress = services.watch.progress(run) if run else None

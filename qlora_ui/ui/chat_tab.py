@@ -149,6 +149,11 @@ def show(services: Services, conversation: dict[str, Any], wish: Wish, kept: Kep
     return [who, conversation["tuned"], conversation["base"], note, kept, conversation["id"], chosen]
 
 
+def open_speaker(kept: Kept | None) -> str:
+    """With whom the conversation is that was open in this browser; empty for a new one."""
+    return str(conversations.find(kept or {}, (kept or {}).get("open", NEW))["speaker"])
+
+
 def restored(services: Services, kept: Kept) -> list[Any]:
     """The conversation that was open in this browser."""
     return show(services, conversations.find(kept, (kept or {}).get("open", NEW)), Wish(), kept or {})
