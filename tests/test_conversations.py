@@ -44,6 +44,13 @@ def test_one_that_goes_on_stays_one_and_moves_to_the_front() -> None:
     assert conversations.find(again, oldest)["base"] == turns("one", "no")
 
 
+def test_a_new_one_has_its_id_from_its_beginning_and_is_kept_once_however_often() -> None:
+    once = conversations.keep({}, "abc", "x", turns("one"), [])
+    assert conversations.keep(once, "abc", "x", turns("one", "yes"), [])["all"] == [
+        {"id": "abc", "speaker": "x", "tuned": turns("one", "yes"), "base": []}
+    ]
+
+
 def test_an_empty_one_is_not_kept_and_a_deleted_one_is_gone() -> None:
     all_of = kept("one")
     assert conversations.keep(all_of, NEW, "x", [], []) == {**all_of, "open": NEW}

@@ -67,7 +67,7 @@ def build(services: Services) -> gr.Blocks:
                 export = export_tab.build(services, QUIET)
         news = live.News(services)
         seen = live.build(news)
-        page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, queue=False, **QUIET)
+        page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
         arena_tab.wire(services, arena, arena_shown, tabs, page, kept_contestants, QUIET)
         wire(services, bar, tabs, data, train, chat, runs, export, seen, news, page)
         wire_export(services, bar, tabs, export, export_shown, seen, news)

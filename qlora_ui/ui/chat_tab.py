@@ -106,7 +106,8 @@ def kept_now(speaker_id: str | None, wish: Wish, kept: Kept, current: str, tuned
     """What the browser keeps, the conversation on the page included, and the list of it."""
     with_whom = conversations.find(kept, current)["speaker"] or wish.speaker or speaker_id or ""
     kept = conversations.keep(kept, current, with_whom, tuned, base)
-    return [kept, kept["open"], gr.update(choices=conversations.choices(kept), value=kept["open"])]
+    current = gr.skip() if current else kept["open"]  # another may have been opened meanwhile
+    return [kept, current, gr.update(choices=conversations.choices(kept), value=kept["open"])]
 
 
 def begin(
@@ -146,7 +147,8 @@ def show(services: Services, conversation: dict[str, Any], wish: Wish, kept: Kep
     who, note = choices(services, conversation["speaker"]), ""
     if conversation["tuned"] and who["value"] != conversation["speaker"]:
         note = markup.error(f"{conversation['speaker']}, with whom this conversation was, is not here any more.")
-    return [who, conversation["tuned"], conversation["base"], note, kept, conversation["id"], chosen]
+    current = conversation["id"] or conversations.new_id()  # from its beginning, so that whoever keeps it twice keeps it once
+    return [who, conversation["tuned"], conversation["base"], note, kept, current, chosen]
 
 
 def open_speaker(kept: Kept | None) -> str:

@@ -22,7 +22,7 @@ def keep(kept: Kept, current: str, speaker: str, tuned: Sequence[Turn], base: Se
     others = [conversation for conversation in _all(kept) if conversation["id"] != current]
     if not tuned:
         return {"open": NEW, "all": others}
-    mine = {"id": current or secrets.token_hex(4), "speaker": speaker, "tuned": spoken(tuned), "base": spoken(base)}
+    mine = {"id": current or new_id(), "speaker": speaker, "tuned": spoken(tuned), "base": spoken(base)}
     room, fitting = MOST_CHARACTERS, list[dict[str, Any]]()
     for conversation in [mine, *others][:MOST]:
         room -= len(json.dumps(conversation))
@@ -30,6 +30,10 @@ def keep(kept: Kept, current: str, speaker: str, tuned: Sequence[Turn], base: Se
             break
         fitting.append(conversation)
     return {"open": mine["id"], "all": fitting}
+
+
+def new_id() -> str:
+    return secrets.token_hex(4)
 
 
 def without(kept: Kept, current: str) -> Kept:
