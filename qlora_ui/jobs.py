@@ -192,7 +192,7 @@ class Jobs:
             except Timeout:
                 live = self.workspace.live()
                 if live is None and self.workspace.is_lent():
-                    raise Busy("An export needs the device. Wait for its end, or cancel it on the Export tab.") from None
+                    raise Busy("An export needs the device, or a step is measured. Wait for its end, or cancel it on its tab.") from None
                 raise Busy(f"{live.id if live else 'Another run'} is training already. Stop it or wait for its end.") from None
             self.workspace.settle()
             return held.pop_all()

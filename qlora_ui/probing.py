@@ -43,13 +43,14 @@ def measure_here(
 
 @contextlib.contextmanager
 def device(workspace: Workspace) -> Iterator[None]:
-    """Hold the device. Raises UserError when a training has it."""
-    try:
-        lease = workspace.lease().acquire(timeout=0)
-    except Timeout:
-        live = workspace.live()
-        raise UserError(f"{live.id if live else 'Something else'} uses the device now. Measure when it has ended.") from None
-    with lease:
+    """Hold the device, as lent to work that is no training. Raises UserError when somebody has it."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(workspace.lease().acquire(timeout=0))
+            held.enter_context(workspace.loan().acquire(timeout=1))  # whoever asks whether the device is lent may have it for a moment
+        except Timeout:
+            live = workspace.live()
+            raise UserError(f"{live.id if live else 'Something else'} uses the device now. Measure when it has ended.") from None
         yield
 
 

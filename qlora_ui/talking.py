@@ -81,7 +81,7 @@ class EngineChat:
         if live is not None:
             raise UserError(f"{live.id} is training and needs the device. Chat when it has ended, or stop it.")
         if self._workspace.is_lent():
-            raise UserError("An export needs the device. Chat when it has ended, or cancel it on the Export tab.")
+            raise UserError("An export needs the device, or a step is measured. Chat when it has ended, or cancel it on its tab.")
         try:
             self._answer_all(sides, sampling, so_far, tell, lambda: should_stop() or self._wanted_back.is_set())
             trouble = None

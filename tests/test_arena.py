@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from playwright.sync_api import Browser, Page, Request, expect
+from playwright.sync_api import Browser, Page, expect
 from serving import go, open_page, served
 from training import trained
 
@@ -30,6 +30,20 @@ ATTACK = "<img src=x onerror=\"document.body.dataset.broken='yes'\">"
 SAMPLING = Sampling(temperature=0.5, max_new_tokens=20, seed=3)
 FORM = ["", "", 0.5, 0.9, 0, 1, 20, 3]  # the pair on the page, the system prompt, the sampling
 MINUTE = 60_000
+RECORD = """() => {
+  window.sent = "";
+  const fetched = window.fetch;
+  window.fetch = async (...asked) => {
+    const answer = await fetched(...asked);
+    if (String(asked[0].url ?? asked[0]).includes("queue/data")) {
+      const reader = answer.clone().body.pipeThrough(new TextDecoderStream()).getReader();
+      const read = async () => { for (let part; !(part = await reader.read()).done; ) window.sent += part.value; };
+      read().catch(() => {});
+    }
+    return answer;
+  };
+}"""
+"""Keeps what the server sends in answer to what was asked for on the page."""
 
 
 class Talkers:
@@ -215,6 +229,7 @@ def test_three_votes_in_a_browser_that_is_told_no_name_before_each(browser: Brow
     chosen = [speakers.find(workspace, speaker) for speaker in (first.id, second.id, f"base-of:{second.id}")]
     with served(workspace.root) as app:
         page = open_page(browser, app.url)
+        page.evaluate(RECORD)
         go(page, "Arena")
         page.get_by_role("button", name="System prompt and sampling").click()
         page.locator("#arena-max-new-tokens input[type=number]").fill("16")
@@ -228,12 +243,11 @@ def test_three_votes_in_a_browser_that_is_told_no_name_before_each(browser: Brow
 
         seen = []
         for number, button in enumerate(("Left is better", "Both bad", None), start=1):
-            streams: list[Request] = []
-            page.on("request", lambda request, streams=streams: streams.append(request) if "queue/data" in request.url else None)
+            page.evaluate("window.sent = ''")
             page.locator("#arena-input textarea").fill(f"Question {number}")
             page.locator("#arena-input textarea").press("Enter")
             expect(page.locator("#arena-note")).to_contain_text("Which answer is better?", timeout=MINUTE)
-            sent = "".join(stream.response().text() for stream in streams)  # type: ignore[union-attr]
+            sent = page.evaluate("window.sent")
             assert "Which answer is better?" in sent
             shown = "".join(page.locator(part).inner_html() for part in ("#arena-columns", "#arena-ballot", "#arena-note", "#arena-bar"))
             assert f"Question {number}" in shown

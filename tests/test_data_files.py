@@ -72,7 +72,7 @@ GOOD = [
 def test_rows_are_read_whatever_the_file_is(tmp_path: Path, name: str, content: str, encoding: str, packed: bool) -> None:
     mark = "" if encoding == "utf-8" or content.startswith("\ufeff") else "\ufeff"
     written = (mark + content).encode(encoding)
-    path = put(tmp_path / f"{name}.gZ", gzip.compress(written)) if packed else put(tmp_path / name, written)
+    path = put(tmp_path / f"{name}.gZ", gzip.compress(written, mtime=0)) if packed else put(tmp_path / name, written)
     assert values(path) == ROWS
 
 
@@ -155,7 +155,7 @@ ENDINGS = [suffix + packed for suffix in files.SUFFIXES for packed in ("", ".gz"
 @settings(deadline=None)  # files on a busy machine
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(ENDINGS), st.booleans())
 def test_any_bytes_give_rows_or_one_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str, packed: bool) -> None:
-    path = put(tmp_path_factory.mktemp("bytes") / f"a{ending}", gzip.compress(content) if packed else content)
+    path = put(tmp_path_factory.mktemp("bytes") / f"a{ending}", gzip.compress(content, mtime=0) if packed else content)
     try:
         assert all(isinstance(row, dict) or row.startswith(("line ", "item ")) for row in values(path))
     except UserError as error:
@@ -248,10 +248,10 @@ def test_ragged_csv_rows_are_told_with_their_line(tmp_path: Path) -> None:
         ("a.parquet", "PAR1 no", "a.parquet is not a readable Parquet file ("),
         ("a.jsonl", "PAR1 no", "a.jsonl is a Parquet file: give it the ending .parquet."),
         ("a.csv", b"PK\x03\x04", "a.csv is a ZIP archive (spreadsheets are, too): bring the file in it, or export the sheet as CSV."),
-        ("a.jsonl", gzip.compress(b"{}"), "a.jsonl holds gzip-packed data: unpack it and bring the file in it."),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "a.jsonl holds gzip-packed data: unpack it and bring the file in it."),
         ("a.jsonl.gz", b"{}", "a.jsonl.gz is not a gzip file, or a damaged one: pack it again, or bring it unpacked."),
-        ("a.jsonl.gz", gzip.compress(b"{}") + b"more", "a.jsonl.gz is not a gzip file, or a damaged one"),
-        ("a.parquet.gz", gzip.compress(b"PAR1 no"), "a.parquet.gz is not a readable Parquet file ("),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0) + b"more", "a.jsonl.gz is not a gzip file, or a damaged one"),
+        ("a.parquet.gz", gzip.compress(b"PAR1 no", mtime=0), "a.parquet.gz is not a readable Parquet file ("),
     ],
 )
 def test_a_broken_file_is_one_sentence_with_place_and_remedy(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
@@ -307,7 +307,7 @@ def test_a_table_row_over_the_limit_ends_the_reading(tmp_path: Path, monkeypatch
 def test_a_json_object_over_the_limit_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 1000)
     content = json.dumps({"rows": [{"a": "x" * 1000}]}).encode()
-    path = put(tmp_path / "a.json.gz", gzip.compress(content)) if packed else put(tmp_path / "a.json", content)
+    path = put(tmp_path / "a.json.gz", gzip.compress(content, mtime=0)) if packed else put(tmp_path / "a.json", content)
     said = f"{path.name} is one object of more than 1,000 bytes, read as a whole: save its rows as a list or as JSON Lines (.jsonl)."
     assert refusal(path) == said
 
@@ -374,13 +374,13 @@ def test_a_bomb_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(streams, "FREE_UNPACKED_BYTES", 10_000)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    path = put(tmp_path / f"a{ending}.gz", gzip.compress(b'{"a": 1}\n' * 500_000))
+    path = put(tmp_path / f"a{ending}.gz", gzip.compress(b'{"a": 1}\n' * 500_000, mtime=0))
     assert refusal(path).startswith(f"a{ending}.gz unpacks to more than 200 times its {path.stat().st_size:,} bytes: if that is right,")
     assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_small_file_may_pack_as_well_as_it_likes(tmp_path: Path) -> None:
-    packed = put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 50_000))
+    packed = put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 50_000, mtime=0))
     assert packed.stat().st_size * streams.MAX_UNPACK_RATIO < 50_000 * 9
     assert values(packed) == [{"a": 1}] * 50_000
 

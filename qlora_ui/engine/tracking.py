@@ -65,12 +65,9 @@ class Tracker(TrainerCallback):
 
     def end(self) -> None:
         """Close it, also when the training was ended on its way."""
-        callback = self.callback
-        if callback is None:
-            return
         self.on_train_end(self.trainer.args, self.trainer.state, self.trainer.control, model=self.trainer.model)
         self.callback = None
-        if self.name == "wandb":  # whose callback leaves its run open
+        if self.name == "wandb" and getattr(sys.modules.get("wandb"), "run", None):  # which its callback leaves open
             with self.telling_trouble(f"holds back what was not sent within {SENDING_SECONDS:g} s"):
                 until = time.monotonic() + SENDING_SECONDS
                 try:

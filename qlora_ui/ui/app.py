@@ -39,6 +39,8 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 SHOW_BLAMED = "() => setTimeout(() => window.showBlamed?.(), 100)"
 """Brings the field into sight that a start was refused for, once its sentence is in the page."""
 
+NOW = "() => String(performance.now())"
+
 
 def build(services: Services) -> gr.Blocks:
     """The whole page over these services. It holds no state of a run: every page reads the run folders."""
@@ -61,14 +63,14 @@ def build(services: Services) -> gr.Blocks:
                 answers = samples.build(services, "", "run-samples", visible=False)
                 runs.one.change(lambda run: gr.update(value=run, visible=bool(run)), [runs.one], [answers], **QUIET)
                 runs_shown.select(None, None, None, js=runs_tab.REFRESH)
-            with gr.Tab("Export", id="export", elem_id="tab-export"):
+            with gr.Tab("Export", id="export", elem_id="tab-export") as export_shown:
                 export = export_tab.build(services, QUIET)
         news = live.News(services)
         seen = live.build(news)
-        page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, **QUIET)
+        page.load(partial(chat_tab.restored, services), [kept_chat], chat.opened, queue=False, **QUIET)
         arena_tab.wire(services, arena, arena_shown, tabs, page, kept_contestants, QUIET)
         wire(services, bar, tabs, data, train, chat, runs, export, seen, news, page)
-        wire_export(services, bar, tabs, export, seen, news)
+        wire_export(services, bar, tabs, export, export_shown, seen, news)
         scripting.build(services)
     return page
 
@@ -146,26 +148,36 @@ def wire(
 
 
 def wire_export(
-    services: Services, bar: run_bar.RunBar, tabs: gr.Tabs, export: export_tab.ExportTab, seen: gr.HTML, news: live.News
+    services: Services,
+    bar: run_bar.RunBar,
+    tabs: gr.Tabs,
+    export: export_tab.ExportTab,
+    export_shown: gr.Tab,
+    seen: gr.HTML,
+    news: live.News,
 ) -> None:
     """What the Export tab is told, and who leads to it."""
     look: dict[str, Any] = {"fn": partial(glance, services, news), "inputs": None, "outputs": [seen], **QUIET}
     wished = [export.run, export.weights, export.kind, export.quantize, export.push]
-    measured = heard([bar.chip.change, *[field.change for field in wished]]).change
-    measured(partial(export_tab.room_words, services), wished, [export.size], trigger_mode="always_last", **QUIET)
+    measured = heard([bar.chip.change, *[field.change for field in wished]], while_seen="#export-form")
+    gr.on([export_shown.select], None, None, [measured], js=NOW, trigger_mode="multiple", **QUIET)
+    measured.change(partial(export_tab.room_words, services), wished, [export.size], trigger_mode="always_last", **QUIET)
     asked = [*wished, export.repository, export.private, export.token]
     export.start.click(partial(export_tab.start, services), asked, [export.message, export.token], **QUIET).then(**look)
     bar.export.click(lambda run: [gr.Tabs(selected="export"), run], [bar.run], [tabs, export.run], **QUIET)
 
 
-def heard(events: list[Any]) -> gr.Textbox:
+def heard(events: list[Any], while_seen: str = "") -> gr.Textbox:
     """A hidden field that changes with any of these events, for one listener that wants the last word of many.
+
+    Only `while_seen`, if that is given: while the element of this selector is on the screen.
 
     When a listener with `always_last` was busy, Gradio 6.31 repeats the event for all that listen to it: two of them on one event
     call each other for ever, and a preset is chosen again after a person has changed it. So each has an event of its own.
     """
     field = gr.Textbox(visible="hidden", label="Changes")
-    gr.on(events, None, None, [field], js="() => String(performance.now())", trigger_mode="multiple", **QUIET)
+    seen = f"(last) => document.querySelector('{while_seen}')?.getClientRects().length ? ({NOW})() : last"
+    gr.on(events, None, [field] if while_seen else None, [field], js=seen if while_seen else NOW, trigger_mode="multiple", **QUIET)
     return field
 
 

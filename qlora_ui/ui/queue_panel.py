@@ -43,7 +43,7 @@ def build(services: Services) -> gr.HTML:
 
 
 def add_button() -> gr.Button:
-    return gr.Button("Add to queue", size="sm", elem_id="queue-add")
+    return gr.Button("Add to queue", elem_id="queue-add", scale=1, min_width=120)
 
 
 def act(services: Services, what: str, entry_id: str) -> str:
@@ -91,7 +91,8 @@ def described(entry: Entry) -> dict[str, Any]:
         o = config.optimization
         length = f"{o.max_steps:,} steps" if o.max_steps else f"{o.num_train_epochs:g} epoch{'' if o.num_train_epochs == 1 else 's'}"
         alone = ["in a process of its own"] if entry.isolated else []
-        about = " · ".join([config.model.model.rpartition("/")[2], sources.shown(config.data.data), length, *changes(config), *alone])
+        own = [] if entry.name else changes(config)  # a run of a sweep is named by them
+        about = " · ".join([config.model.model.rpartition("/")[2], sources.shown(config.data.data), length, *own, *alone])
     title = entry.name or (jobs.run_name(config) if config else entry.id)
     return {"id": entry.id, "title": title, "about": about, "trouble": entry.trouble}
 

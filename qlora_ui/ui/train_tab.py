@@ -63,7 +63,12 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
             about = gr.HTML(markup.note(first.about), elem_id="preset-about")
             gr.HTML(form.LINE, elem_id="form-differences")
             model = gr.Dropdown(
-                form.MODEL_CHOICES, value=first.config.model.model, allow_custom_value=True, label="Model", elem_id="model-input"
+                form.MODEL_CHOICES,
+                value=first.config.model.model,
+                allow_custom_value=True,
+                label=KNOBS["model"].label,
+                info=KNOBS["model"].help,
+                elem_id="model-input",
             )
             data_line = gr.HTML(elem_id="train-data")
             fields: dict[str, gr.components.Component] = {"model": model}
@@ -78,8 +83,9 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                     isolated = gr.Checkbox(label="Train in a process of its own", info=ISOLATED, elem_id="isolated-switch")
                     memory.measure.render()
                     memory.cancel.render()
-                start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button")
-                line_up = queue_panel.add_button()
+                with gr.Row(equal_height=True, elem_id="start-row"):
+                    start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button", scale=3)
+                    line_up = queue_panel.add_button()
                 with gr.Row(elem_id="resume-with"):
                     resume_with = gr.Button("Resume with these settings", visible=False, size="sm", elem_id="resume-with-button")
                     use_settings = gr.Button("Use this run's settings", visible=False, size="sm", elem_id="use-run-settings")
