@@ -21,7 +21,7 @@ from qlora_ui.jobs import Jobs
 from qlora_ui.runs import ENV, Run, Workspace
 
 CACHED = Path(__file__).resolve().parents[1] / ".cache"
-ROUNDS, TOKENS = 5, 48
+ROUNDS, TOKENS = 3, 24
 QUESTION = "Write a long story about a shepherd who loses a llama in the mountains and finds it again in an unexpected place."
 SAID = (
     "That is a good question. Llamas graze on high meadows, they drink little, they carry up to thirty kilograms over long ways, and "
@@ -159,6 +159,7 @@ def main() -> None:
         workspace = Workspace.open(folder)
         workspace.models.rmdir()
         workspace.models.symlink_to(home / "models")
-        run = Jobs(workspace).run_here(presets.load("starter").config.with_values({"max_steps": 2}))
+        short = {"max_steps": 1, "held_out_share": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "sample_every": 0}
+        run = Jobs(workspace).run_here(presets.load("starter").config.with_values(short))
         for compute_dtype in ("auto", "float32"):
             race(run, compute_dtype)
