@@ -192,5 +192,10 @@ def as_csv(votes: Sequence[Vote]) -> str:
         pair = vote.pair
         said = [value for side in (pair.left, pair.right) for value in (side.speaker, side.name, side.answer)]
         how = [pair.sampling.get(name, "") for name in drawn]
-        writer.writerow([vote.time, vote.outcome, pair.prompt, *said, pair.system, *how, pair.id])
+        writer.writerow([vote.time, vote.outcome, *map(_no_formula, [pair.prompt, *said, pair.system]), *how, pair.id])
     return text.getvalue()
+
+
+def _no_formula(words: str) -> str:
+    """What a model or a person said must not be carried out by a spreadsheet: a quote before it makes it text there."""
+    return f"'{words}" if words.startswith(("=", "+", "-", "@", "\t", "\r")) else words

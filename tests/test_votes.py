@@ -167,5 +167,10 @@ def test_votes_are_taken_away_as_lines_and_as_a_table(tmp_path: Path) -> None:
     assert json.loads(lines[0])["pair"]["left"]["name"] == "guanaco"
     first, second = csv.DictReader(io.StringIO(votes.as_csv(kept.all())))
     assert first["prompt"] == 'Who, "are" you?\nSay.'
-    assert (first["left_answer"], first["right_speaker"], first["outcome"], first["seed"]) == ("=I, am", "run-2@40", "left", "3")
+    assert (first["left_answer"], first["right_speaker"], first["outcome"], first["seed"]) == (
+        "'=I, am",
+        "run-2@40",
+        "left",
+        "3",
+    )  # text, no formula
     assert second["pair"] == "f" * 32
