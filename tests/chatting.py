@@ -93,7 +93,8 @@ class Person:
         if isinstance(shown.get("chat-note"), str):
             heard.note = shown["chat-note"]
             heard.places += [int(place) for place in PLACE.findall(heard.note)]
-        answers = [words(shown.get(column)) for column in ("chat-tuned", "chat-base")]
+        before = len(heard.given.get("chat-tuned", []))
+        answers = [words(shown.get(column), before) for column in ("chat-tuned", "chat-base")]
         if answers[0]:
             heard.texts = [answer for answer in answers if answer]
             heard.turns = shown["chat-tuned"]
@@ -130,9 +131,9 @@ class Person:
         return str(self._parts.get(part, {}).get("props", {}).get("elem_id") or "")
 
 
-def words(turns: Any) -> str:
-    """The answer that a column ends with, if it does."""
-    if not isinstance(turns, list) or not turns or turns[-1]["role"] != "assistant":
+def words(turns: Any, before: int) -> str:
+    """The answer that a column ends with, if it does, after so many turns that were there before."""
+    if not isinstance(turns, list) or len(turns) < before + 2 or turns[-1]["role"] != "assistant":
         return ""
     return "".join(part["text"] for part in turns[-1]["content"])
 

@@ -13,7 +13,12 @@ from qlora_ui.services import Services
 
 
 def build() -> gr.Checkbox:
-    return gr.Checkbox(label="Faster", info="The same words, sooner. For all who chat here.", visible=False, elem_id="chat-faster")
+    return gr.Checkbox(
+        label="Faster",
+        info="The same words, about 1.4 times as fast on a CPU. For all who chat here.",
+        visible=False,
+        elem_id="chat-faster",
+    )
 
 
 def wire(services: Services, switch: gr.Checkbox, *events: Any, speaker: Any, **quiet: Any) -> None:
