@@ -15,7 +15,7 @@ from qlora_ui.memory.advice import advice, advice_after_lack, advice_for
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import OVERHEAD_BYTES, activation_room, forecast
 from qlora_ui.memory.shapes import read_shape
-from qlora_ui.model_configs import shipped
+from qlora_ui.model_configs import find_shape, shipped
 
 
 def planned(preset: str, device: Device, **values: Any) -> Any:
@@ -166,3 +166,14 @@ def test_memory_that_ran_out_all_the_same_is_advised_on(gib: float, loading: boo
     assert told.startswith(said)
     if loading:
         assert ("or set quant_bits from 16 to 4" in told) == bool(values)
+
+
+def test_rows_too_long_for_plain_products_keep_no_attention_scores_on_a_cpu() -> None:
+    config = RunConfig().with_values({"micro_batch_size": 1, "lora_dropout": 0, "gradient_checkpointing": "off"})
+    shape = find_shape(config.model.model, "main", presets.FOLDER)
+    cpu = Device(name="CPU", kind="cpu", memory_bytes=24 * GIB)
+
+    def activations(tokens: int) -> int:
+        return forecast(shape, config.with_values({"max_seq_len": tokens}), cpu).terms.activations
+
+    assert activations(1024) < 1.9 * activations(512)

@@ -168,8 +168,8 @@ def _attention_bytes(shape: ModelShape, batch: Batch) -> int:
     size, queries, keys = batch.dtype_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     if habits_of(shape).soft_caps:
         return 3 * size * queries + 8 * shape.heads * batch.sequence
-    if batch.on_cpu and batch.half and not batch.masked:  # plain products, as they are quicker there: they keep the scores
-        return 3 * size * queries + size * shape.heads * min(batch.sequence, CPU_TOKEN_BUDGET)
+    if batch.on_cpu and batch.half and not batch.masked and batch.sequence <= CPU_TOKEN_BUDGET:
+        return 3 * size * queries + size * shape.heads * batch.sequence  # plain products are quicker for short rows; they keep the scores
     repeated = queries if batch.masked else keys  # with a mask each query head is given keys and values of its own
     fused = sum(linear.reads == "attention input" for linear in shape.stacks[0].linears) == 1
     around = queries + keys if fused and repeated == keys else 0  # the values are a part of one product, which is kept whole
