@@ -92,7 +92,7 @@ def time_plan(config: RunConfig, data: DataSet, preview: Preview | None, seconds
     else:
         rows, measured = len(data.conversations) - len(held_out), len(held_out)
     if not rows:
-        raise UserError("No row is left to train on within the max length.", field="max_seq_len")
+        raise UserError(f"No row is left to train on: max_seq_len is {config.data.max_seq_len}. Raise it.", field="max_seq_len")
     return TimePlan(
         steps=config.total_steps(rows),
         micro_batch_size=config.optimization.micro_batch_size,

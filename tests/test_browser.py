@@ -265,9 +265,10 @@ def test_columns_by_the_thousand_do_not_stop_the_page_and_can_be_mapped_by_name(
     upload(page, tmp_path / "wide.csv")
     expect(page.locator("#data-summary .problem")).to_contain_text("columns: c0, c1")
     choose(page, "#field-data_format", "Alpaca")
-    for slot, column in {"#data-slot-0": "c7000", "#data-slot-2": "c9000"}.items():
+    for slot, column, said in (("#data-slot-0", "c7000", "no column 'output'"), ("#data-slot-2", "c9000", "1 row")):
         page.locator(f"{slot} input").fill(column)
         page.locator(f"{slot} input").press("Enter")
+        expect(page.locator("#data-summary")).to_contain_text(said, timeout=MINUTE)
     expect(page.locator("#data-preview .turn.user")).to_contain_text("cell 7000")
     expect(page.locator("#data-preview .turn.assistant")).to_contain_text("cell 9000")
 
@@ -391,7 +392,8 @@ def test_a_set_of_which_nothing_would_be_trained_cannot_be_used(page: Page, tmp_
     expect(page.locator("#data-use")).to_be_disabled()
     go(page, "Train")
     page.locator("#start-button").click()
-    expect(page.locator("#start-message .problem, #field-max_seq_len[data-blamed]").first).to_contain_text("0 % of the tokens")
+    expect(page.locator("#field-max_seq_len[data-blamed]")).to_contain_text("No row is left to train on: max_seq_len is 256. Raise it.")
+    expect(page.locator("#status-line")).to_contain_text("No run yet")
 
 
 def test_the_report_is_always_of_the_source_that_is_selected(page: Page, tmp_path: Path) -> None:

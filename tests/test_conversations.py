@@ -51,6 +51,14 @@ def test_a_new_one_has_its_id_from_its_beginning_and_is_kept_once_however_often(
     ]
 
 
+def test_one_that_was_kept_before_the_page_knew_its_id_is_kept_once() -> None:
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    early = conversations.keep({}, conversations.NEW, "run-1", said, [])
+    late = conversations.keep(early, "0123abcd", "run-1", said, [])
+    assert [one["id"] for one in late["all"]] == ["0123abcd"]
+    assert len(conversations.keep(late, "4567abcd", "run-2", said, [])["all"]) == 2
+
+
 def test_an_empty_one_is_not_kept_and_a_deleted_one_is_gone() -> None:
     all_of = kept("one")
     assert conversations.keep(all_of, NEW, "x", [], []) == {**all_of, "open": NEW}

@@ -323,7 +323,7 @@ def test_the_page_goes_on_when_the_run_it_shows_is_deleted(
     shutil.rmtree(run.folder)
     assert glance(page, news).startswith("no run")
     assert news.since("", "", 0, None)["run"] == ""
-    assert redraw(page, None)
+    assert redraw(page, None, None, None, None, None, "")
     go.set()
     workspace.lease().acquire(timeout=SECONDS).lock.release()
     assert f"The folder {run.folder} is gone" in capfd.readouterr().err

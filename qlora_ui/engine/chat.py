@@ -208,7 +208,7 @@ class ChatModel:
             for bias, its_own in self._base_biases:
                 bias.data = its_own.to(bias.dtype)
             try:
-                with self.model.disable_adapter():
+                with _bare(self.model):
                     yield
             finally:
                 for (bias, _), learned in zip(self._base_biases, tuned, strict=True):
@@ -227,6 +227,20 @@ def _bits(speaker: Speaker) -> QuantizationConfig:
 def _version(adapter: Path) -> tuple[Path, int]:
     """The adapter in a folder as it is now: a run that went on puts another in its place."""
     return adapter, (adapter / WEIGHTS).stat().st_mtime_ns if (adapter / WEIGHTS).is_file() else 0
+
+
+@contextlib.contextmanager
+def _bare(model: Any) -> Iterator[None]:
+    """The model without its adapters. PEFT's layers would find out anew for each token that they are switched off."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.forward = layer.base_layer.forward  # type: ignore[attr-defined]
+    try:
+        with model.disable_adapter():  # modules that were trained whole, and new tokens
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

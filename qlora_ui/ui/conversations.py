@@ -18,11 +18,16 @@ MOST_CHARACTERS = 1_000_000  # browsers give a page about five million, and what
 
 
 def keep(kept: Kept, current: str, speaker: str, tuned: Sequence[Turn], base: Sequence[Turn]) -> Kept:
-    """With the conversation on the page as the newest; one that nothing was said in is not kept. The oldest leave a full list."""
+    """With the conversation on the page as the newest; one that nothing was said in is not kept. The oldest leave a full list.
+
+    One that was begun before the page knew its id may have been kept under another: the same words are kept once.
+    """
     others = [conversation for conversation in _all(kept) if conversation["id"] != current]
     if not tuned:
         return {"open": NEW, "all": others}
-    mine = {"id": current or new_id(), "speaker": speaker, "tuned": spoken(tuned), "base": spoken(base)}
+    said = {"speaker": speaker, "tuned": spoken(tuned), "base": spoken(base)}
+    mine = {"id": current or new_id(), **said}
+    others = [conversation for conversation in others if {**conversation, **said} != conversation]
     room, fitting = MOST_CHARACTERS, list[dict[str, Any]]()
     for conversation in [mine, *others][:MOST]:
         room -= len(json.dumps(conversation))

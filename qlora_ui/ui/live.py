@@ -23,8 +23,8 @@ SCRIPT = Path(__file__).with_name("live.js")
 SHOW_NEWS = "window.showNews?.()"
 """The `js_on_load` of what the script writes into and what stands inside a tab: it is filled at once when the tab is opened."""
 
-QUESTIONS_A_SECOND = 4
-"""Of all open pages together. An answer takes about 3 ms of one core, most of it Gradio's own: so the many cost little more than 1 %."""
+QUESTIONS_A_SECOND = 2.5
+"""Of all open pages together. An answer takes about 4 ms of one core, most of it Gradio's own: so the many cost about 1 %."""
 
 GONE_SECONDS = 60.0
 READING_SECONDS = 0.15
