@@ -23,6 +23,7 @@ from qlora_ui.data.formats import FORMATS, Message
 from qlora_ui.data.lengths import LengthReport, lengths_of_nothing
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, encode
+from qlora_ui.export_cli import last_with_adapter
 from qlora_ui.inspection import Inspector, Look
 from qlora_ui.jobs import Jobs, OnStart
 from qlora_ui.progress import fold, log_line
@@ -323,14 +324,6 @@ def chat_speaker(arguments: argparse.Namespace, workspace: Workspace) -> Speaker
     if arguments.model and not arguments.run and arguments.checkpoint is None:
         return speakers.bare(arguments.model)
     raise UserError("Say who is asked: --run ID (with --checkpoint STEP if you like), --adapter (with --model), or --model.")
-
-
-def last_with_adapter(workspace: Workspace) -> Run:
-    """The newest run that can be talked to."""
-    for run in workspace.all():
-        if run.adapter.is_dir():
-            return run
-    raise UserError(f"No run in {workspace.runs} has an adapter yet. Train one: python -m qlora_ui train", field="run")
 
 
 def script_command(arguments: argparse.Namespace, workspace: Workspace) -> int:

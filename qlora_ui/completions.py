@@ -79,8 +79,11 @@ def read_wish(body: bytes) -> Wish:
     """What a request's JSON asks for. Raises Refused."""
     try:
         asked = json.loads(body)
-    except ValueError as error:
-        raise Refused(f"The request is no JSON: {error}.") from error
+        json.dumps(asked, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refused("The request holds half a character: a surrogate without its other half.") from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"The request is no JSON that can be read: {error}.") from error
     if not isinstance(asked, dict):
         raise Refused("The request must be a JSON object.")
     wish = {name: value for name, value in asked.items() if value is not None}

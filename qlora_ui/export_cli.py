@@ -12,10 +12,11 @@ import threading
 from collections.abc import Iterator
 
 from qlora_ui import exporting, exports
+from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Log, PhaseProgress
 from qlora_ui.jobs import Jobs
 from qlora_ui.progress import amount
-from qlora_ui.runs import Workspace
+from qlora_ui.runs import Run, Workspace
 from qlora_ui.stopping import Cancelled
 
 CANCELLED = 130  # what shells know of Ctrl-C: whoever waits for the export must not take it for done
@@ -24,7 +25,7 @@ CANCELLED = 130  # what shells know of Ctrl-C: whoever waits for the export must
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The command and its flags."""
     export = commands.add_parser("export", help="take away a run's adapter, its merged model, or a folder that chats")
-    export.add_argument("--run", required=True, help="the run's id")
+    export.add_argument("--run", required=True, help="the run's id, or last for the newest with an adapter")
     kind = export.add_mutually_exclusive_group(required=True)
     kind.add_argument("--adapter", dest="kind", action="store_const", const="adapter", help="the adapter, as PEFT reads it")
     kind.add_argument("--merged", dest="kind", action="store_const", const="merged", help="base and adapter in one, in 16 bits")
@@ -41,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def export_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Export, telling the way on the go. Ctrl-C leaves nothing."""
     workspace.settle()
-    run = workspace.get(arguments.run)
+    run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
     wish = exports.plan(
         run, arguments.kind, arguments.to, arguments.checkpoint, arguments.quantize is not None, arguments.push, not arguments.public
     )
@@ -76,3 +77,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def last_with_adapter(workspace: Workspace) -> Run:
+    """The newest run that can be talked to."""
+    for run in workspace.all():
+        if run.adapter.is_dir():
+            return run
+    raise UserError(f"No run in {workspace.runs} has an adapter yet. Train one: python -m qlora_ui train", field="run")

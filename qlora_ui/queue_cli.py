@@ -186,6 +186,8 @@ def sweep_command(read_config: ReadConfig, arguments: argparse.Namespace, worksp
     over = {}
     for told in arguments.over:
         name, _, values = told.partition("=")
+        if name.strip() in over:
+            raise UserError(f"--over names {name.strip()} twice. Write all its values in one, with commas.", field=name.strip())
         over[name.strip()] = sweeping.read_values(name.strip(), values)
     configs = sweeping.combinations(config, over)
     inspector = Inspector(workspace, within=None)

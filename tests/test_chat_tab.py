@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,14 @@ from playwright.sync_api import Browser, Page, expect
 from serving import go, open_page, served
 from training import chat_model, trained
 
+from qlora_ui import services
 from qlora_ui.data.formats import Message
 from qlora_ui.engine.chat import ChatModel
-from qlora_ui.engine.decoding import Sampling
+from qlora_ui.engine.decoding import Answers, Sampling
 from qlora_ui.errors import UserError
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.talking import Side
+from qlora_ui.ui import chat_tab, chat_turns
 
 MINUTE = 60_000
 KEPT = "localStorage.getItem('qlora-ui-chat')"
@@ -60,6 +65,53 @@ def test_top_k_of_one_is_greedy_and_a_repetition_penalty_changes_the_answer(mode
     assert said(temperature=0, repetition_penalty=0.1) != greedy  # it repeats now
     with pytest.raises(UserError, match="repetition_penalty is 0"):
         Sampling(repetition_penalty=0)
+
+
+class Says:
+    """A chat whose answers are these words, and nothing of how they came to be."""
+
+    faster = False
+
+    def __init__(self, *words: str) -> None:
+        self.words, self.asked = words, list[list[list[str]]]()
+
+    def reply(self, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]:
+        self.asked.append([[message.content for message in conversation] for _, conversation in sides])
+        texts = self.words[: len(sides)]
+        yield Answers(texts=texts, tokens=sum(map(bool, texts)), seconds=0.1, context=9, context_limit=512, left_out=0)
+
+    def release(self) -> None:
+        pass
+
+
+SETTINGS = ("", 0, 1, 0, 1, 20, 0)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_an_answer_that_ends_at_once_has_its_turn_and_is_nothing_to_the_next(run: Run) -> None:
+    chat = Says("", "")
+    page = replace(services.build(run.workspace, services.WarmUp()), chat=chat)
+    *_, (tuned, _base, note, *_), _ = chat_turns.answer(page, chat_turns.Wish(), run.id, "One", False, [], [], *SETTINGS)
+    assert tuned == [turn("user", "One"), turn("assistant", chat_turns.EMPTY)]
+    assert "0 tokens" in note
+    list(chat_turns.answer(page, chat_turns.Wish(), run.id, "Two", False, tuned, [], *SETTINGS))
+    assert chat.asked[1] == [["One", "", "Two"]]
+
+
+def test_the_base_is_asked_what_the_tuned_side_is_asked_however_late_it_joins(run: Run) -> None:
+    chat, wish = Says("Tuned.", "Base."), chat_turns.Wish()
+    page = replace(services.build(run.workspace, services.WarmUp()), chat=chat)
+    changed, old = [turn("user", "Changed"), turn("assistant", "A")], [turn("user", "First"), turn("assistant", "B")]
+    assert chat_tab.switch_compare(True, wish, changed, old)["value"] == changed
+    assert "value" not in chat_tab.switch_compare(True, wish, changed, changed)
+    wish.is_answered = False
+    assert "value" not in chat_tab.switch_compare(True, wish, changed, old)
+    list(chat_turns.answer(page, wish, run.id, "Two", True, changed, old, *SETTINGS))
+    assert chat.asked == [[["Changed", "A", "Two"]] * 2]
+    assert wish.is_answered
 
 
 def spoken(page: Page, column: str = "#chat-tuned") -> list[str]:

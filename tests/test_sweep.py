@@ -185,6 +185,7 @@ def test_the_terminal_says_plans_and_ranks(tiny_workspace: Workspace, rows: Path
     told = ["--data", str(rows), "--set", "model=tiny", "--set", "max_steps=5"]
     assert main(["sweep", *told, "--over", "learning_rate=1e-4,2e-4", "--over", "lora_r=8,16", "--dry-run"]) == 0
     assert "4 runs, 20 steps in all." in capsys.readouterr().out
+    assert main(["sweep", *told, "--over", "lora_r=8", "--over", "lora_r=16"]) == 2
     assert main(["sweep", *told, "--over", "lora_r=8,0"]) == 2
     assert main(["sweep", *told, "--over", "lora_r"]) == 2
     assert main(["sweep", *told]) == 2

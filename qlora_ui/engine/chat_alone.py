@@ -90,12 +90,20 @@ def main() -> None:
             f"The base model {name} cannot be had: {str(error).splitlines()[0]} Give a folder with a copy: --base FOLDER"
         ) from error
     messages: list[dict[str, str]] = []
-    while question := arguments.prompt or input("\n> "):
+    while question := arguments.prompt or asked():
         messages.append({"role": "user", "content": question})
         said = answer(model, tokenizer, messages, arguments.max_new_tokens, arguments.temperature)
         messages.append({"role": "assistant", "content": said})
         if arguments.prompt:
             break
+
+
+def asked() -> str:
+    """The next question; nothing at the end of the input."""
+    try:
+        return input("\n> ")
+    except EOFError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def build(services: Services, kept: gr.BrowserState) -> ChatTab:
     delete.click(partial(forget, services), **new)
     speaker.change(partial(describe, services), [speaker], [about], queue=False, trigger_mode="multiple", **QUIET)
     brought.change(partial(begin, services), **{**new, "inputs": [brought, *tab.open]})
-    compare.change(switch_compare, [compare, panel.tuned, panel.base], [panel.base], **QUIET)
+    compare.change(switch_compare, [compare, panel.wish, panel.tuned, panel.base], [panel.base], **QUIET)
     for button, form in ((as_text, "md"), (as_json, "json")):
         button.click(partial(saved, form), [speaker, panel.tuned, panel.base, compare], [file], **QUIET).then(None, None, None, js=PRESS)
     gr.api(scripted(services), api_name="chat", concurrency_limit=8)  # each holds one of the page's threads while it waits
@@ -161,9 +161,13 @@ def restored(services: Services, kept: Kept) -> list[Any]:
     return show(services, conversations.find(kept, (kept or {}).get("open", NEW)), Wish(), kept or {})
 
 
-def switch_compare(on: bool, tuned: list[Turn], base: list[Turn]) -> Any:
-    """A base that joins late continues from the same conversation, so that the next two answers can be compared."""
-    return gr.update(visible=on, value=tuned) if on and len(base) != len(tuned) else gr.update(visible=on)
+def switch_compare(on: bool, wish: Wish, tuned: list[Turn], base: list[Turn]) -> Any:
+    """A base that joins late continues from the same conversation, so that the next two answers can be compared.
+
+    While an answer is being written it is left alone: the next question takes care of it.
+    """
+    joins = on and wish.is_answered and chat_turns.questions(base) != chat_turns.questions(tuned)
+    return gr.update(visible=on, value=tuned) if joins else gr.update(visible=on)
 
 
 def saved(form: str, speaker_id: str | None, tuned: list[Turn], base: list[Turn], compare: bool) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BUSY = [gr.update(interactive=False), gr.update(interactive=True)]  # of Send and Stop
 DRAWING_SECONDS = 0.1
+EMPTY = "(an empty answer)"
 READY = [gr.update(interactive=True), gr.update(interactive=False)]
 
 
@@ -34,6 +35,7 @@ class Wish:
     """
 
     stop: bool = False
+    is_answered: bool = True
     instead: tuple[list[Turn], list[Turn]] | None = None
     speaker: str = ""
 
@@ -111,6 +113,8 @@ def respond(
     """
     during, after_failure = typed or (gr.skip(), gr.skip())
     wish.stop, wish.instead, wish.speaker = False, None, speaker_id or ""
+    if compare and questions(base) != questions(tuned):
+        base = tuned  # it joins late, and continues from the same conversation
     if not text.strip() or not speaker_id:
         why = "The message is empty. Write a question." if speaker_id else "There is nobody to talk to yet. Train a run first."
         yield [gr.skip(), gr.skip(), markup.error(why), gr.skip(), *READY]
@@ -118,6 +122,7 @@ def respond(
     question = {"role": "user", "content": text.strip()}
     histories = [[*history, question] for history in ([tuned, base] if compare else [tuned])]
     yield [*columns(histories), markup.note("Getting the model ready…"), during, *BUSY]
+    answers, wish.is_answered = None, False
     try:
         system, *values = settings
         drawn = sampling(*values)
@@ -136,7 +141,12 @@ def respond(
         yield [tuned, base, markup.error(why), after_failure, *READY]
         traceback.print_exc()
     else:
+        if answers and not all(answers.texts) and not wish.stop:  # an answer that ended at once has its turn too
+            said = [[*h, {"role": "assistant", "content": words or EMPTY}] for h, words in zip(histories, answers.texts, strict=True)]
+            yield [*columns(said), markup.note(figures(answers, drawn.seed)), gr.skip(), *BUSY]
         yield [*wish.instead, "", gr.skip(), *READY] if wish.instead else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
+    finally:
+        wish.is_answered = True
 
 
 def now_and_then(answers: Iterator[Answers]) -> Iterator[Answers]:
@@ -155,8 +165,18 @@ def sides(services: Services, speaker_id: str, system: str | None, histories: Se
     """Who is asked what: the speaker, and where there are two conversations its base too. Raises UserError."""
     speaker = speakers.find(services.workspace, speaker_id)
     first = [Message(role="system", content=system.strip())] if system and system.strip() else []  # None for an untouched field
-    said = [[Message(role=turn["role"], content=plain(turn["content"])) for turn in history] for history in histories]
+    said = [[Message(role=turn["role"], content=words(turn)) for turn in history] for history in histories]
     return [(who, [*first, *conversation]) for who, conversation in zip((speaker, speaker.base), said, strict=False)]
+
+
+def words(turn: Turn) -> str:
+    """What was said; of an empty answer nothing."""
+    said = plain(turn["content"])
+    return "" if turn["role"] == "assistant" and said == EMPTY else said
+
+
+def questions(history: Sequence[Turn]) -> list[str]:
+    return [plain(turn["content"]) for turn in history if turn["role"] == "user"]
 
 
 def sampling(

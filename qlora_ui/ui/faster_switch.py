@@ -37,7 +37,7 @@ def offer(services: Services, speaker_id: str | None) -> Any:
 def gain(services: Services, speaker_id: str) -> str:
     """What the switch says; empty where it would not help."""
     hardware = services.hardware()
-    if hardware is None:  # and the engine may not be imported yet
+    if hardware is None or services.is_public:  # the engine may not be imported yet; what all share is no stranger's to switch
         return ""
     if hardware.kind == "cuda":
         return "Faster, once it is compiled"

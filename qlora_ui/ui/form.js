@@ -34,7 +34,9 @@ function faults() {
   const found = names.map((name) => [name, fault(name)]).filter(([, sentence]) => sentence);
   const said = document.querySelector("#start-box .problem[data-field]");
   const name = said?.dataset.field;
-  const isOld = knobs[name]?.requirement && Number(typed(name)) !== values[name];
+  // Of bounds the page speaks itself: the server's sentence may be of a number that was on its way to this one.
+  const { requirement } = knobs[name] ?? {};
+  const isOld = requirement && (Number(typed(name)) !== values[name] || said.textContent.includes(`it must be ${requirement}.`));
   return Object.fromEntries(said && !isOld ? [[name, said.textContent], ...found] : found);
 }
 

@@ -4,14 +4,16 @@
 const find = (selector) => element.querySelector(selector);
 const [says, problem, list, sweeps, ended] = [".state-of-queue", ".problem", "ol", ".sweeps", ".ended"].map(find);
 let [asking, askAgain] = [false, false];
+const clicks = [];  // while another is being answered: none is lost
 
 async function ask(what = "", id = "") {
-  if (asking) return void (askAgain ||= !what);
+  if (asking) return void (what ? clicks.push([what, id]) : (askAgain = true));
   asking = true;
   const answer = await server.queue([what, id]);
   asking = false;
   if (!element.isConnected) return;
   if (answer) draw(answer);
+  if (clicks.length) return ask(...clicks.shift());
   if (askAgain) {
     askAgain = false;
     ask();

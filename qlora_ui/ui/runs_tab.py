@@ -111,8 +111,8 @@ def show(services: Services, chosen: list[str]) -> list[Any]:
         return [hidden, "", "", gr.skip(), words, "", hidden]
     try:
         seen = [shown(services, run) for run in runs]
-        if len({run.title for run in seen}) < len(seen):
-            seen = [replace(look, title=run.id) for look, run in zip(seen, runs, strict=True)]
+        titles = [look.title for look in seen]
+        seen = [replace(look, title=run.id) if titles.count(look.title) > 1 else look for look, run in zip(seen, runs, strict=True)]
     except (UserError, FileNotFoundError) as error:
         return [hidden, "", "", gr.skip(), markup.error(str(error)), "", hidden]
     if swept:
