@@ -234,13 +234,13 @@ def _bare(model: Any) -> Iterator[None]:
     """The model without its adapters. PEFT's layers would find out anew for each token that they are switched off."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        layer.forward = layer.base_layer.forward  # type: ignore[attr-defined]
+        layer.forward = layer.base_layer.forward
     try:
         with model.disable_adapter():  # modules that were trained whole, and new tokens
             yield
     finally:
         for layer in layers:
-            del layer.forward  # type: ignore[attr-defined]
+            del layer.forward
 
 
 @contextlib.contextmanager
