@@ -15,7 +15,7 @@ from qlora_ui.services import Services
 def build() -> gr.Checkbox:
     return gr.Checkbox(
         label="Faster",
-        info="The same words, about 1.4 times as fast on a CPU. For all who chat here.",
+        info="The same words, sooner; how much depends on the machine. For all who chat here.",
         visible=False,
         elem_id="chat-faster",
     )
