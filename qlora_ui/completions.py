@@ -31,6 +31,8 @@ NEUTRAL: Mapping[str, Any] = {
     "modalities": ["text"],
 }
 """What cannot be done here, and the value that does not ask for it. Any parameter may also be null."""
+IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Notes of the client to a service that keeps books; they change no answer."""
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
     "developer": "system",
@@ -86,7 +88,7 @@ def read_wish(body: bytes) -> Wish:
         raise Refused(f"The request is no JSON that can be read: {error}.") from error
     if not isinstance(asked, dict):
         raise Refused("The request must be a JSON object.")
-    wish = {name: value for name, value in asked.items() if value is not None}
+    wish = {name: value for name, value in asked.items() if value is not None and name not in IGNORED}
     for name, neutral in NEUTRAL.items():
         if name in wish and wish.pop(name) != neutral:
             raise Refused(f"{name} is not supported here. Leave it out.", param=name, code="unsupported_parameter")

@@ -80,7 +80,7 @@ def carry_out(wish: Export, emit: Emit, should_stop: ShouldStop, token: str = ""
     from qlora_ui.engine import export, push
 
     if wish.repository:
-        push.check(wish.repository, should_stop, token)
+        push.check(should_stop, token)
     made = export.export(wish, emit, should_stop)
     exported.keep_record(wish, made.bytes, made.verification.sentence())
     if not wish.repository:

@@ -45,13 +45,15 @@ class Export:
 
     @property
     def is_zip(self) -> bool:
-        return self.target.suffix == ".zip"
+        return self.target.suffix.lower() == ".zip"
 
 
 def plan(
     run: Run, kind: Kind, target: str, checkpoint: int | None = None, quantize: bool = False, repository: str = "", private: bool = True
 ) -> Export:
     """Look at all that can be looked at without loading anything. Raises UserError for what cannot be exported, or not to there."""
+    if repository:
+        check_repository(repository)
     weights, place = weights_of(run, checkpoint), free_target(target, run)
     export = Export(run=run, kind=kind, weights=weights, target=place, quantize=quantize, repository=repository, private=private)
     if quantize and kind != "merged":
@@ -61,6 +63,20 @@ def plan(
     if export.is_zip and (kind != "adapter" or repository):
         raise UserError(f"{export.target} ends in .zip, but only an adapter that is not pushed can be one file. Choose a folder.")
     return export
+
+
+def check_repository(repository: str) -> None:
+    """Raise UserError for what is no name on the Hub, which is not asked."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+        is_name = repository.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
+        raise UserError(f"The repository is {repository!r}, which is no name on the Hub. Write it as owner/name.", field="push")
 
 
 def weights_of(run: Run, checkpoint: int | None = None) -> Weights:
@@ -125,6 +141,8 @@ def _up_to(step: int, events: list[Event]) -> list[Event]:
 
 def free_target(wish: str, run: Run) -> Path:
     """Where to write. Raises UserError where something is already, inside the runs, or where nothing can be written."""
+    if not wish.strip():
+        raise UserError("The place to export to is empty. Name a folder, or for an adapter a file that ends in .zip.", field="to")
     try:
         target = Path(wish).expanduser().resolve()
         taken = target.exists() and (not target.is_dir() or any(target.iterdir()))

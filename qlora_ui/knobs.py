@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, get_type_hints
@@ -53,6 +54,8 @@ class Knob:
 
     def parse(self, value: Any) -> Any:
         """The value in the knob's type, from text, a form or YAML. Raises UserError when it has no such reading."""
+        if isinstance(value, Mapping | Set | Sequence) and not isinstance(value, str):
+            raise UserError(f"{self.name} holds several values: write one.", field=self.name)
         word = "" if value is None else str(value).strip()
         if self.kind is str:
             # YAML reads a bare `on` as true; and what is a choice today may have been yes or no in an older config.
@@ -66,7 +69,7 @@ class Knob:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or (self.kind is int and number != int(number)):
-            shown = "empty" if value in (None, "") else repr(value)
+            shown = "empty" if value in (None, "") else word.lower() if isinstance(value, bool) else repr(value)
             raise UserError(f"{self.name} is {shown}: it must be {self.requirement()}.", field=self.name)
         return int(number) if self.kind is int else number
 

@@ -70,7 +70,7 @@ def failure(error: Refused) -> JSONResponse:
 
 async def unknown(request: Request) -> Response:
     """All else that OpenAI offers."""
-    raise Refused(f"There is no {request.url.path} here. Use /v1/chat/completions or /v1/models.", 404)
+    raise Refused(f"There is no {request.method} {request.url.path} here. Use POST /v1/chat/completions or GET /v1/models.", 404)
 
 
 class Api:

@@ -15,7 +15,7 @@ from qlora_ui.export_cli import CANCELLED, stop_on_signals
 from qlora_ui.memory.advice import advice_for
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import Forecast, forecast
-from qlora_ui.memory.measured import Measured, corrected
+from qlora_ui.memory.measured import Measured, plan_by
 from qlora_ui.memory.shapes import ModelShape
 from qlora_ui.model_configs import find_shape
 from qlora_ui.probing import measure_here
@@ -57,10 +57,8 @@ def plan(config: RunConfig, workspace: Workspace, gpu: str | None, probe: bool, 
     except Cancelled:
         print("Cancelled: nothing was measured.", file=sys.stderr)
         return CANCELLED
-    planned = corrected(shape, config, device, measured) if measured else forecast(shape, config, device)
-    said = advice_for(shape, config, device)
-    if measured and planned.verdict(device.memory_bytes) == "fits":
-        said = ""
+    forecast_of = plan_by(shape, config, device, measured)
+    planned, said = forecast_of(config, device), advice_for(forecast_of, config, device)
     if as_json:
         print(json.dumps(report(config, shape, device, planned, said, measured)))
     else:

@@ -34,13 +34,18 @@ def parse(text: bytes, called: str, name: str = "") -> Preset:
     """A preset's file, read and validated. What a person saved says itself which preset it was made from. Raises UserError."""
     try:
         written = yaml.safe_load(text.decode("utf-8"))
-        name = name or str(written.get("preset", ""))
-        config = RunConfig(preset=name).with_values(written["settings"])
-        return Preset(name=name, title=written["title"], about=written["about"], config=config)
+    except RecursionError as error:
+        raise UserError(f"{called} cannot be read: it is nested too deeply. Settings are one level deep.", field="preset") from error
+    except (yaml.YAMLError, ValueError) as error:  # of an impossible date, or of bytes that are no text
+        raise UserError(f"{called} cannot be read: it is no YAML ({' '.join(str(error).split())[:300]}).", field="preset") from error
+    if not isinstance(written, dict) or not {"title", "about"} <= written.keys() or not isinstance(written.get("settings"), dict):
+        raise UserError(f"{called} cannot be read: it needs title, about and settings.", field="preset")
+    name = name or str(written.get("preset", ""))
+    try:
+        config = RunConfig(preset=name).with_values({str(knob): value for knob, value in written["settings"].items()})
     except UserError as error:
         raise UserError(f"{called}: {error}", field="preset") from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{called} cannot be read: it needs title, about and settings ({error}).", field="preset") from error
+    return Preset(name=name, title=str(written["title"]), about=str(written["about"]), config=config)
 
 
 def dump(config: RunConfig, title: str, about: str = "Saved from the form.") -> str:

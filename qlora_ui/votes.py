@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -27,6 +28,7 @@ from qlora_ui.runs import encodable, write_json
 VERSION = 1
 PAIR_ID = re.compile(r"[0-9a-f]{32}")
 AGAIN = "vote again"
+WAITS_SECONDS = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,15 @@ class Votes:
         """Keep a pair until it is voted on or dropped. Raises UserError when it cannot be written."""
         with telling_trouble(self._workspace, "ask again"):
             self._path(pair.id).parent.mkdir(parents=True, exist_ok=True)
+            self._forget_old()
             write_json(self._path(pair.id), asdict(pair))
+
+    def _forget_old(self) -> None:
+        """Pairs whose pages were left long ago. Another process may be doing the same."""
+        for path in self._path("").parent.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > WAITS_SECONDS:
+                    path.unlink()
 
     def waiting(self, pair_id: str) -> Pair | None:
         """The pair of that id, while it waits."""

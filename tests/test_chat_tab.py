@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import tiny
 from playwright.sync_api import Browser, Page, expect
@@ -94,7 +95,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 def test_an_answer_that_ends_at_once_has_its_turn_and_is_nothing_to_the_next(run: Run) -> None:
     chat = Says("", "")
     page = replace(services.build(run.workspace, services.WarmUp()), chat=chat)
-    *_, (tuned, _base, note, *_), _ = chat_turns.answer(page, chat_turns.Wish(), run.id, "One", False, [], [], *SETTINGS)
+    *_, (tuned, _base, note, *_) = chat_turns.answer(page, chat_turns.Wish(), run.id, "One", False, [], [], *SETTINGS)
     assert tuned == [turn("user", "One"), turn("assistant", chat_turns.EMPTY)]
     assert "0 tokens" in note
     list(chat_turns.answer(page, chat_turns.Wish(), run.id, "Two", False, tuned, [], *SETTINGS))
@@ -109,9 +110,25 @@ def test_the_base_is_asked_what_the_tuned_side_is_asked_however_late_it_joins(ru
     assert "value" not in chat_tab.switch_compare(True, wish, changed, changed)
     wish.is_answered = False
     assert "value" not in chat_tab.switch_compare(True, wish, changed, old)
+    wish.is_answered = True
     list(chat_turns.answer(page, wish, run.id, "Two", True, changed, old, *SETTINGS))
     assert chat.asked == [[["Changed", "A", "Two"]] * 2]
     assert wish.is_answered
+
+
+def test_a_question_is_asked_once_however_often_it_is_pressed_and_one_to_another_conversation_waits_aloud(run: Run) -> None:
+    chat, wish = Says("Yes."), chat_turns.Wish()
+    page = replace(services.build(run.workspace, services.WarmUp()), chat=chat)
+    first = chat_turns.answer(page, wish, run.id, "One", False, [], [], *SETTINGS)
+    next(first)
+    assert list(chat_turns.answer(page, wish, run.id, "One", False, [], [], *SETTINGS)) == [[gr.skip()] * 6]
+    chat_turns.show_instead(wish, [turn("user", "Other")], [])
+    [(_, _, note, *_)] = chat_turns.answer(page, wish, run.id, "Two", False, [], [], *SETTINGS)
+    assert chat_turns.STILL_ENDING in note
+    *_, last = first
+    assert (last[0], last[-2:]) == ([turn("user", "Other")], chat_turns.READY)
+    list(chat_turns.answer(page, wish, run.id, "Two", False, [turn("user", "Other")], [], *SETTINGS))
+    assert chat.asked == [[["One"]], [["Other", "Two"]]]
 
 
 def spoken(page: Page, column: str = "#chat-tuned") -> list[str]:
@@ -210,6 +227,16 @@ def test_examples_conversations_and_speakers_are_chosen_and_an_adapter_is_brough
         expect(column.locator(".user").first).to_contain_text("And you?")
         expect(kept).to_have_value("And you?")
         expect(page.locator("#chat-about")).to_contain_text("An adapter on tiny in 4 bits (NF4)")
+        kept.click()
+        expect(page.get_by_role("option")).to_have_text([re.compile(words) for words in ("New", "And you", "Who are", "About how")])
+        page.get_by_role("option", name="Who are you?").click()
+        expect(who).to_have_value(f"{run.id} · step 2")
+        expect(kept).to_have_value("Who are you?")
+        expect(column.locator(".user").first).to_contain_text("Who are you?")
+        page.locator("#chat-delete").click()
+        expect(column.locator(".user")).to_have_count(0)
+        kept.click()
+        expect(page.get_by_role("option")).to_have_count(3)
         assert page.faults == []  # type: ignore[attr-defined]
 
 

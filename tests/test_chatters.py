@@ -94,7 +94,7 @@ def test_the_page_says_how_many_are_before_and_stop_leaves_the_line(browser: Bro
     send.click()
     expect(note).to_contain_text("tokens/s")
     expect(send).to_be_enabled()
-    faster = page.get_by_label("Faster, takes 0.0 GB")  # it computes in float32, where each CPU gains
+    faster = page.get_by_label("Faster, takes 0.0 GiB")  # it computes in float32, where each CPU gains
     faster.check()
     page.locator("#chat-input textarea").fill("Question 2")
     send.click()

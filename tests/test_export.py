@@ -317,6 +317,10 @@ def test_what_cannot_be_exported_is_one_sentence(
     assert "lies among the runs" in refused(run, to=run.folder / "out")
     assert "cannot be written to" in refused(run, to="x" * 300)
     assert "only an adapter that is not pushed can be one file" in refused(run, "merged", "out.zip")
+    assert "only an adapter that is not pushed can be one file" in refused(run, "merged", "out.ZIP")
+    assert "The place to export to is empty." in refused(run, to=" ")
+    for name in ("guanaco", "me/gua naco", "me/gua/naco", "me/", "-"):
+        assert refused(run, repository=name) == f"The repository is {name!r}, which is no name on the Hub. Write it as owner/name."
     assert "--quantize is for --merged" in refused(run, quantize=True)
     assert "has no checkpoint of step 7. Checkpoints: 6, 8." in refused(run, checkpoint=7)
     assert (full / "mine.txt").read_text() == "mine"

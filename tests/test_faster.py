@@ -47,7 +47,7 @@ def test_the_words_and_every_bit_of_the_logits_are_the_same(finished: Watched, m
 
     engine.faster = True
     monkeypatch.setattr(faster, "free_memory_gib", lambda: 0.00001)
-    with pytest.raises(UserError, match=r"Faster answers take 0\.0 GB, but 0\.0 GB are free\. Close what else"):
+    with pytest.raises(UserError, match=r"Faster answers take 0\.0 GiB, but 0\.0 GiB are free\. Close what else"):
         said()
     engine.faster = False
     assert said()[0] == expected[0]

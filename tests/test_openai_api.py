@@ -103,6 +103,7 @@ def test_sampling_is_what_was_asked_for(client: openai.OpenAI, run: Run) -> None
     assert said(client, run.id, [{"role": "system", "content": "Say it all again."}, *ASKED]) != said(client, run.id)
     whole = said(client, run.id)
     assert said(client, run.id, [{"role": "user", "content": [{"type": "text", "text": ASKED[0]["content"]}]}]) == whole
+    assert said(client, run.id, user="ada", metadata={"case": "7"}) == whole
     stop = whole[4:7]
     cut_off = client.chat.completions.create(model=run.id, messages=ASKED, stop=stop, **GREEDY).choices[0]
     assert (cut_off.message.content, cut_off.finish_reason) == (whole[: whole.index(stop)], "stop")
@@ -119,7 +120,7 @@ def test_without_the_key_and_for_other_names_nothing_is_answered(url: str, run: 
         assert httpx.get(f"{url}/v1/models", headers={k: v.encode() for k, v in headers.items()}).status_code == 401
     known = {"Authorization": f"Bearer {KEY}"}
     assert httpx.get(f"{url}/v1/models", headers={**known, "Host": "evil.example"}).status_code == 400
-    assert httpx.get(f"{url}/v1/embeddings", headers=known).json()["error"]["message"].startswith("There is no /v1/embeddings here.")
+    assert httpx.get(f"{url}/v1/embeddings", headers=known).json()["error"]["message"].startswith("There is no GET /v1/embeddings here.")
     broken = httpx.post(f"{url}/v1/chat/completions", content=b"{", headers=known)
     assert (broken.status_code, broken.json()["error"]["message"][:22]) == (400, "The request is no JSON")
     assert httpx.get(url).status_code == 200  # the page is beside it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Phase, Step
 from qlora_ui.execution import Emit, ShouldStop
 from qlora_ui.inspection import Inspector
+from qlora_ui.memory.advice import advice_for
 from qlora_ui.memory.devices import GIB, Device
 from qlora_ui.memory.forecast import forecast
-from qlora_ui.memory.measured import Measured, corrected
+from qlora_ui.memory.measured import Measured, plan_by
 from qlora_ui.model_configs import find_shape
 from qlora_ui.probing import Probes
 from qlora_ui.runs import Workspace
@@ -79,7 +81,7 @@ def test_the_forecast_is_brought_to_what_was_measured(tiny_workspace: Workspace)
     known = planned.total - planned.terms.overhead - planned.terms.activations - planned.terms.logits
     for taken in (3 * planned.total, known + 1000, known // 2):
         measured = Measured(memory_bytes=taken, seconds_a_step=1, train_rows=1, gradient_checkpointing=True)
-        after = corrected(shape, config, CPU, measured)
+        after = plan_by(shape, config, CPU, measured)(config, CPU)
         assert after.total - after.terms.overhead == pytest.approx(taken, abs=10)
         assert after.gradient_checkpointing
         assert (after.terms.base == planned.terms.base) == (taken >= known)
@@ -174,6 +176,22 @@ def test_the_planner_says_what_was_measured_until_a_setting_changes_it(tiny_work
     assert "about" in verdict("T4")
     *_, seen = Inspector(tiny_workspace, within=None).look(config)
     assert "at the 2 s a step measured here." in planner.time_words(made, config, seen)
+
+
+def test_what_was_measured_is_what_the_advice_goes_by(tiny_workspace: Workspace) -> None:
+    shape, config = find_shape(tiny.NAME, "main", tiny_workspace.models), tiny.tiny_config("", micro_batch_size=4)
+    measured = replace(MEASURED, memory_bytes=12 * GIB, gradient_checkpointing=True)
+    assert "It takes about 0.9 of 8.0" in advice_for(plan_by(shape, config, CPU, None), config, CPU)
+    plan = plan_by(shape, config, CPU, measured)
+    assert plan(config, CPU).verdict(CPU.memory_bytes) == "does not fit"
+    said = advice_for(plan, config, CPU)
+    assert said.startswith("Set micro_batch_size from 4 to 2 and gradient_accumulation_steps from ")
+    assert said.endswith("which fits 8.0 GiB.")
+    # What was measured of kept activations says nothing of recomputed ones.
+    kept = config.with_values({"gradient_checkpointing": "off"})
+    plan = plan_by(shape, kept, CPU, replace(measured, gradient_checkpointing=False))
+    said = advice_for(plan, kept, CPU)
+    assert said.startswith("Set gradient_checkpointing from off to on (slower by about a third): about 0.9 GiB instead of 12.9")
 
 
 def test_the_command_line_measures_and_plans_with_it(tiny_workspace: Workspace, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

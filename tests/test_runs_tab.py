@@ -133,11 +133,15 @@ def test_runs_are_found_compared_named_linked_and_deleted(browser: Browser, work
             linked.locator("#settings-save").click()
         written = Path(saved.value.path()).read_text("utf-8")
         assert "lora_r: 8" in written
-        (workspace.root / "mine.yaml").write_text(written.replace("lora_r: 8", "lora_r: 16"), "utf-8")
+        mine = re.sub("data: .*", f"data: {workspace.uploads / 'gone.json'}", written.replace("lora_r: 8", "lora_r: 16"))
+        (workspace.root / "mine.yaml").write_text(mine, "utf-8")
         with linked.expect_file_chooser() as chosen:
             linked.locator("#settings-load").click()
         chosen.value.set_files(workspace.root / "mine.yaml")
         expect(linked.locator("#field-lora_r input")).to_have_value("16")
+        expect(linked.locator("#train-plan")).to_contain_text("gone.json: check the path")
+        linked.locator("#start-button").click()
+        expect(linked.locator("#start-message")).to_contain_text("gone.json: check the path")
 
         page.locator("#run-script").click()
         expect(page.locator("#runs-message")).to_contain_text("has no adapter and no checkpoint yet")

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_any_pair_waits_as_it_is_until_it_is_dropped(tmp_path_factory: pytest.Te
     assert kept.waiting(asked.id) == asked
     kept.drop(asked.id)
     assert kept.waiting(asked.id) is None
+
+
+def test_a_pair_that_nobody_came_back_to_is_forgotten_after_a_month(tmp_path: Path) -> None:
+    kept, old, young = Votes(tmp_path), pair(), pair()
+    for asked, days in ((old, 31), (young, 29)):
+        kept.hold(asked)
+        then = time.time() - days * 24 * 3600
+        os.utime(tmp_path / "arena" / "waiting" / f"{asked.id}.json", (then, then))
+    kept.hold(pair())
+    assert (kept.waiting(old.id), kept.waiting(young.id)) == (None, young)
 
 
 def test_a_vote_is_on_disk_and_in_every_other_reader_and_the_pair_waits_no_more(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def in_the_model(engine: EngineChat, fail: Callable[..., Any]) -> Iterator[None]
     ("error", "told"),
     [
         (torch.OutOfMemoryError(CUDA_LACK), r"The memory did not suffice \(CUDA out of memory\. Tried to allocate 20\.00 MiB\)"),
-        (MemoryError(), r"The memory did not suffice \(MemoryError\); now \d+\.\d GB are free\. Close what else uses the memory"),
+        (MemoryError(), r"The memory did not suffice \(MemoryError\); now \d+\.\d GiB are free\. Close what else uses the memory"),
         (RuntimeError(ASSERTED), "device-side assert triggered"),
         (IndexError("index 99999 is out of bounds"), "index 99999 is out of bounds"),
         (SystemExit(1), "SystemExit: 1"),

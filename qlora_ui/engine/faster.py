@@ -93,7 +93,7 @@ class Faster:
             return
         if on and self.gib > free_memory_gib():
             raise UserError(
-                f"Faster answers take {self.gib:.1f} GB, but {free_memory_gib():.1f} GB are free. Close what else uses the memory, "
+                f"Faster answers take {self.gib:.1f} GiB, but {free_memory_gib():.1f} GiB are free. Close what else uses the memory, "
                 "or leave it off."
             )
         if on and self._compiles:

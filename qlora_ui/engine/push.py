@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
 from qlora_ui.engine.model import hub_problem
 from qlora_ui.errors import UserError
@@ -26,14 +25,8 @@ Result = TypeVar("Result")
 ANSWER_SECONDS = 4.0
 
 
-def check(repository: str, should_stop: ShouldStop, token: str = "") -> None:
+def check(should_stop: ShouldStop, token: str = "") -> None:
     """Ask the Hub, before any work, whether it knows the token. Raises UserError or Cancelled, within five seconds."""
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"The repository is {repository!r}, which is no name on the Hub. Write it as owner/name.", field="push") from error
-    if repository.count("/") != 1:
-        raise UserError(f"The repository is {repository!r}. Write it as owner/name.", field="push")
     if not (token or get_token()):
         raise UserError("Pushing needs a token that may write: set HF_TOKEN, or log in with: hf auth login", field="push")
     _asked(lambda: HfApi(token=token or None).whoami(), "Nothing was exported", should_stop)

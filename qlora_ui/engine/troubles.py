@@ -22,7 +22,7 @@ def told(error: BaseException, let_go: Callable[[], None]) -> BaseException:
         let_go()
         give_memory_back()
         return UserError(
-            f"The memory did not suffice ({said}); now {free_memory_gib():.1f} GB are free. Close what else uses the memory, ask for "
+            f"The memory did not suffice ({said}); now {free_memory_gib():.1f} GiB are free. Close what else uses the memory, ask for "
             "fewer new tokens, start a new chat, or choose a smaller model."
         )
     if gpu_is_lost():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qlora_ui.config import RunConfig
 from qlora_ui.memory.devices import CARDS, GIB, Device
-from qlora_ui.memory.forecast import forecast
+from qlora_ui.memory.forecast import Plan, forecast
 from qlora_ui.memory.shapes import ModelShape
 
 NOTICEABLY_LESS = 0.9  # of what a run was forecast to take, when memory ran out all the same
@@ -26,15 +27,15 @@ class Remedy:
 
 def advice(shape: ModelShape, config: RunConfig, memory_bytes: int) -> str:
     """`advice_for` a GPU with so much memory."""
-    return advice_for(shape, config, Device(name="this GPU", kind="cuda", memory_bytes=memory_bytes))
+    return advice_for(partial(forecast, shape), config, Device(name="this GPU", kind="cuda", memory_bytes=memory_bytes))
 
 
-def advice_for(shape: ModelShape, config: RunConfig, device: Device) -> str:
+def advice_for(plan: Plan, config: RunConfig, device: Device) -> str:
     """One or two sentences: the first of the usual remedies that makes the run fit the device, or what to do when none does.
 
-    Each remedy is tried by forecasting the run with it. A change that makes it fit goes before one that makes it just fit.
+    Each remedy is tried by planning the run with it. A change that makes it fit goes before one that makes it just fit.
     """
-    before = forecast(shape, config, device)
+    before = plan(config, device)
     verdict, have = before.verdict(device.memory_bytes), f"{device.memory_bytes / GIB:.1f} GiB"
     takes = f"It takes about {before.total / GIB:.1f} of {have}"
     if verdict == "fits":
@@ -43,7 +44,7 @@ def advice_for(shape: ModelShape, config: RunConfig, device: Device) -> str:
     for remedy in remedies(config, before.gradient_checkpointing):
         if verdict == "tight" and not remedy.harmless:
             continue
-        after = forecast(shape, config.with_values(remedy.values), device)
+        after = plan(config.with_values(remedy.values), device)
         said = _said(config, remedy, before.total, after.total)
         if after.verdict(device.memory_bytes) == "fits":
             return f"Set {said}, which fits {have}."
@@ -53,7 +54,7 @@ def advice_for(shape: ModelShape, config: RunConfig, device: Device) -> str:
         return f"{takes}, but {before.paged_bytes / GIB:.1f} GiB are the optimizer's pages, which can move to the CPU's memory."
     if verdict == "tight":
         return f"{takes}, which is nearer than the forecast is exact. Try it."
-    return just_fits or _several(shape, config, device) or _elsewhere(shape, config, before.total)
+    return just_fits or _several(plan, config, device) or _elsewhere(plan, config, before.total)
 
 
 def advice_after_lack(shape: ModelShape, config: RunConfig, device: Device, *, loading: bool) -> str:
@@ -69,7 +70,7 @@ def advice_after_lack(shape: ModelShape, config: RunConfig, device: Device, *, l
 
     before, have = forecast(shape, config, device), device.memory_bytes / GIB
     if before.verdict(device.memory_bytes) == "does not fit" and not loading:
-        return advice_for(shape, config, device)
+        return advice_for(partial(forecast, shape), config, device)
     takes = needed({})
     counted = f"By the forecast {'its weights take' if loading else 'the run takes'} {takes / GIB:.1f} GiB, and {have:.1f} GiB are free now"
     for remedy in remedies(config, before.gradient_checkpointing):
@@ -106,12 +107,12 @@ def remedies(config: RunConfig, recomputes: bool) -> Iterator[Remedy]:
             yield Remedy(values={"max_seq_len": tokens}, meaning=meaning, harmless=False)
 
 
-def _several(shape: ModelShape, config: RunConfig, device: Device) -> str:
+def _several(plan: Plan, config: RunConfig, device: Device) -> str:
     """When no single change is enough: as many of them as it takes, in their order; nothing when all are too little."""
     changed: dict[str, Any] = {}
-    for remedy in remedies(config, forecast(shape, config, device).gradient_checkpointing):
+    for remedy in remedies(config, plan(config, device).gradient_checkpointing):
         changed.update(remedy.values)
-        after = forecast(shape, config.with_values(changed), device)
+        after = plan(config.with_values(changed), device)
         if after.verdict(device.memory_bytes) != "does not fit":
             return f"No single change is enough. Set {_words(config, changed)}: together about {after.total / GIB:.1f} GiB."
     return ""
@@ -131,9 +132,9 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _elsewhere(shape: ModelShape, config: RunConfig, total: int) -> str:
+def _elsewhere(plan: Plan, config: RunConfig, total: int) -> str:
     """The smallest card that would do, or a smaller model."""
     for card in sorted(CARDS, key=lambda card: card.memory_bytes):
-        if forecast(shape, config, card).verdict(card.memory_bytes) == "fits":
+        if plan(config, card).verdict(card.memory_bytes) == "fits":
             return f"It takes about {total / GIB:.1f} GiB. Use a larger GPU ({card.name} is enough), or choose a smaller model."
     return f"It takes about {total / GIB:.1f} GiB, more than any one card that is known here has. Choose a smaller model."

@@ -8,7 +8,7 @@ trained, so data with shorter rows take less.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -79,6 +79,10 @@ class Forecast:
         if self.total <= FITS_WITHIN * memory_bytes:
             return "fits"
         return "tight" if self.total - self.paged_bytes <= memory_bytes else "does not fit"
+
+
+Plan = Callable[[RunConfig, Device], Forecast]
+"""What a run with these settings would take on that device, of a model that the plan knows: `forecast`, or one that was measured."""
 
 
 def forecast(shape: ModelShape, config: RunConfig, device: Device, correction: Mapping[str, float] | None = None) -> Forecast:

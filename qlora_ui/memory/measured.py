@@ -1,13 +1,16 @@
-"""A forecast corrected by a step that was really made. Knows nothing of disk, torch or Gradio."""
+"""Forecasts corrected by a step that was really made. Knows nothing of disk, torch or Gradio."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from qlora_ui.config import RunConfig
 from qlora_ui.memory.devices import Device
-from qlora_ui.memory.forecast import Forecast, forecast
+from qlora_ui.memory.forecast import Forecast, Plan, forecast
 from qlora_ui.memory.shapes import ModelShape
+
+ESTIMATED = ("activations", "logits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +27,34 @@ class Measured:
     gradient_checkpointing: bool
 
 
-def corrected(shape: ModelShape, config: RunConfig, device: Device, measured: Measured) -> Forecast:
-    """The forecast, brought to what was measured.
+def plan_by(shape: ModelShape, config: RunConfig, device: Device, measured: Measured | None) -> Plan:
+    """Forecasts brought to what was measured of `config` on `device`: its own, and those of other settings and cards.
 
     Weights, adapter, gradients and optimizer state are counted as the libraries store them, so that what differs is taken to be the
     activations and logits; only if less was taken than is counted, all terms are made smaller alike. Pages of the optimizer's state
-    are not in what torch allocates.
+    are not in what torch allocates. Of activations that are recomputed, what was measured of kept ones says nothing, nor the other
+    way round. Automatic gradient checkpointing is taken to choose again what it chose.
     """
-    done = config.with_values({"gradient_checkpointing": "on" if measured.gradient_checkpointing else "off"})
-    planned = forecast(shape, done, device)
-    terms = planned.terms
-    estimated = terms.activations + terms.logits
-    counted = planned.total - terms.overhead - estimated - planned.paged_bytes
+    if measured is None:
+        return partial(forecast, shape)
+
+    def as_measured(other: RunConfig) -> RunConfig:
+        if other.optimization.gradient_checkpointing != "auto":
+            return other
+        return other.with_values({"gradient_checkpointing": "on" if measured.gradient_checkpointing else "off"})
+
+    planned = forecast(shape, as_measured(config), device)
+    estimated = planned.terms.activations + planned.terms.logits
+    counted = planned.total - planned.terms.overhead - estimated - planned.paged_bytes
     if measured.memory_bytes >= counted:
-        factors = dict.fromkeys(("activations", "logits"), (measured.memory_bytes - counted) / estimated)
+        factors = dict.fromkeys(ESTIMATED, (measured.memory_bytes - counted) / estimated)
     else:
-        factors = {name: measured.memory_bytes / (counted + estimated) for name, _ in terms if name != "overhead"}
-    return forecast(shape, done, device, factors)
+        factors = {name: measured.memory_bytes / (counted + estimated) for name, _ in planned.terms if name != "overhead"}
+    of_others = {name: factor for name, factor in factors.items() if name not in ESTIMATED}
+
+    def corrected(other: RunConfig, on: Device) -> Forecast:
+        done = as_measured(other)
+        is_alike = (done.optimization.gradient_checkpointing == "on") == measured.gradient_checkpointing
+        return forecast(shape, done, on, factors if is_alike else of_others)
+
+    return corrected

@@ -275,7 +275,7 @@ def loaded(names: list[str], path: str) -> list[Any]:
 
 
 def filled_by(names: list[str], config: RunConfig) -> list[Any]:
-    """The form with a config's settings, and where its rows come from. Raises UserError when these are gone."""
+    """The form with a config's settings, and where its rows come from."""
     reference = config.data.data
     source = data_source.source_of(reference)
     path, hub_id = (reference if source == kind else None for kind in (data_source.WORKSPACE, data_source.HUB))

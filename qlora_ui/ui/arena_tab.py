@@ -93,8 +93,9 @@ def build(services: Services, quiet: dict[str, Any]) -> ArenaTab:
 
     shown = [left, right, note, text, pair, ask, skip, *ballot.values()]
     asked = [contestants, text, pair, *settings]
-    gr.on([ask.click, text.submit], partial(put, services), asked, shown, concurrency_limit=None, **quiet)  # the chat's line is one
-    skip.click(partial(pass_over, services), [pair, text], shown, queue=False, **quiet)
+    at_once: dict[str, Any] = {"concurrency_limit": None, **quiet}  # the chat's line is one
+    answers = gr.on([ask.click, text.submit], partial(put, services), asked, shown, **at_once)
+    skip.click(partial(pass_over, services), [pair, text], shown, queue=False, cancels=[answers], **quiet)
     for outcome, button in ballot.items():
         button.click(partial(vote, services, outcome), [pair], [table, *shown], **quiet)
     pair.change(None, [pair], None, js=ADDRESS, **quiet)

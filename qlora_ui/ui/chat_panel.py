@@ -85,7 +85,8 @@ def build_settings(of: str = "chat") -> list[Any]:
 def wire(services: Services, panel: Panel, speaker: Any, compare: Any, then: Callable[[Any], None]) -> None:
     """Ask, retry, change, take back and stop, of the speaker whose id that component holds. `then` is told of all that ends a turn."""
     # All at once: who waits for whom is the chat's own line, which tells each page its place, and which all other doors share.
-    at_once: dict[str, Any] = {"concurrency_limit": None, **QUIET}
+    # `multiple`, as an answer's last word says that one may ask again a moment before Gradio knows that it was the last.
+    at_once: dict[str, Any] = {"concurrency_limit": None, "trigger_mode": "multiple", **QUIET}
     asked = [panel.wish, speaker, panel.text, compare, panel.tuned, panel.base, *panel.settings]
     told = [panel.tuned, panel.base, panel.note, panel.text, panel.send, panel.stop]
 
@@ -101,6 +102,6 @@ def wire(services: Services, panel: Panel, speaker: Any, compare: Any, then: Cal
     then(panel.tuned.example_select(example, asked, told, **at_once))
     then(panel.tuned.retry(partial(chat_turns.retry, services), asked, [*told, panel.settings[-1]], **at_once))
     then(panel.tuned.edit(edited, asked, told, **at_once))
-    then(panel.tuned.undo(chat_turns.undo, [panel.tuned, panel.base], [panel.tuned, panel.base, panel.text], **QUIET))
+    then(panel.tuned.undo(chat_turns.undo, [panel.tuned, panel.base], [panel.tuned, panel.base, panel.text, panel.note], **QUIET))
     faster_switch.wire(services, panel.faster, speaker.change, send.then, speaker=speaker, **QUIET)
     panel.stop.click(chat_turns.ask_to_stop, [panel.wish], None, queue=False, **QUIET)

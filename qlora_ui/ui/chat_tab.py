@@ -24,11 +24,15 @@ PRESS = "() => setTimeout(() => document.querySelector('#chat-file').click(), 10
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTab:
-    """The components that other tabs and the timer are wired to. `conversation` holds the id of the one that is open."""
+    """The components that other tabs and the timer are wired to. `current` holds the id of the conversation on the page.
+
+    Not gr.State, which another answer of the server may have changed since the page asked: Gradio 6.31 tells of one choice twice, and
+    the words of the conversation before would be kept as those of the chosen one.
+    """
 
     speaker: gr.Dropdown
     conversation: gr.Dropdown
-    current: gr.State
+    current: gr.Textbox
     kept: gr.BrowserState
     panel: Panel
 
@@ -60,13 +64,14 @@ def build(services: Services, kept: gr.BrowserState) -> ChatTab:
         as_json = gr.Button("Save chat as JSON", size="sm", elem_id="chat-json")
         file = gr.DownloadButton("Chat", visible="hidden", elem_id="chat-file")
     brought = bring.build(services)
-    tab = ChatTab(speaker=speaker, conversation=conversation, current=gr.State(NEW), kept=kept, panel=panel)
+    current = gr.Textbox(NEW, visible="hidden", label="Conversation on the page")
+    tab = ChatTab(speaker=speaker, conversation=conversation, current=current, kept=kept, panel=panel)
 
-    keep: dict[str, Any] = {"fn": kept_now, "inputs": [speaker, *tab.open], "outputs": [kept, tab.current, conversation]}
-    chat_panel.wire(services, panel, speaker, compare, then=lambda ended: ended.then(**keep, queue=False, **QUIET))
-    new: dict[str, Any] = {"inputs": [speaker, *tab.open], "outputs": tab.opened, "queue": False, **QUIET}
+    keep: dict[str, Any] = {"fn": kept_now, "inputs": [speaker, *tab.open], "outputs": [kept, tab.current, conversation], "queue": False}
+    chat_panel.wire(services, panel, speaker, compare, then=lambda ended: ended.then(**keep, trigger_mode="always_last", **QUIET))
+    new: dict[str, Any] = {"inputs": [speaker, *tab.open], "outputs": tab.opened, "queue": False, "trigger_mode": "multiple", **QUIET}
     gr.on([panel.clear.click, speaker.input], partial(begin, services), **new)
-    conversation.input(partial(choose, services), [conversation, *tab.open], tab.opened, queue=False, **QUIET)
+    conversation.input(partial(choose, services), **{**new, "inputs": [conversation, *tab.open]})
     delete.click(partial(forget, services), **new)
     speaker.change(partial(describe, services), [speaker], [about], queue=False, trigger_mode="multiple", **QUIET)
     brought.change(partial(begin, services), **{**new, "inputs": [brought, *tab.open]})

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BUSY = [gr.update(interactive=False), gr.update(interactive=True)]  # of Send and Stop
 DRAWING_SECONDS = 0.1
 EMPTY = "(an empty answer)"
+STILL_ENDING = "The answer before is still ending. Send again in a moment."
 READY = [gr.update(interactive=True), gr.update(interactive=False)]
 
 
@@ -86,7 +87,7 @@ def ask_instead(
 def undo(tuned: list[Turn], base: list[Turn]) -> list[Any]:
     """Take back the last question and its answer; the question can be changed and sent again."""
     question, before = last_question(tuned)
-    return [before, base[: len(before)], question]
+    return [before, base[: len(before)], question, ""]
 
 
 def last_question(history: Sequence[Turn]) -> tuple[str, list[Turn]]:
@@ -112,6 +113,10 @@ def respond(
     meanwhile and after a failure; without it the field is left alone.
     """
     during, after_failure = typed or (gr.skip(), gr.skip())
+    if not wish.is_answered:  # pressed twice, or asked in a conversation that was opened while an answer was written in another
+        said = markup.note(STILL_ENDING) if wish.stop else gr.skip()
+        yield [gr.skip(), gr.skip(), said, gr.skip(), gr.skip(), gr.skip()]
+        return
     wish.stop, wish.instead, wish.speaker = False, None, speaker_id or ""
     if compare and questions(base) != questions(tuned):
         base = tuned  # it joins late, and continues from the same conversation
@@ -121,32 +126,30 @@ def respond(
         return
     question = {"role": "user", "content": text.strip()}
     histories = [[*history, question] for history in ([tuned, base] if compare else [tuned])]
-    yield [*columns(histories), markup.note("Getting the model ready…"), during, *BUSY]
-    answers, wish.is_answered = None, False
+    answers, last_words, wish.is_answered = None, [gr.skip()] * 4, False
     try:
+        yield [*columns(histories), markup.note("Getting the model ready…"), during, *BUSY]
         system, *values = settings
         drawn = sampling(*values)
         for answers in now_and_then(services.chat.reply(sides(services, speaker_id, system, histories), drawn)):
             said = [[*h, {"role": "assistant", "content": words}] for h, words in zip(histories, answers.texts, strict=True)]
             yield [*columns(said if answers.tokens else histories), markup.note(told(answers, drawn.seed)), gr.skip(), *BUSY]
-            if wish.stop and not answers.tokens and not wish.instead:  # as if it had not been asked
-                yield [tuned, base, "", after_failure, *READY]
-                return
             if wish.stop:
                 break
+        if answers and wish.stop and not answers.tokens:  # as if it had not been asked
+            last_words = [tuned, base, "", after_failure]
+        elif answers and not all(answers.texts) and not wish.stop:  # an answer that ended at once has its turn too
+            said = [[*h, {"role": "assistant", "content": words or EMPTY}] for h, words in zip(histories, answers.texts, strict=True)]
+            last_words = [*columns(said), markup.note(figures(answers, drawn.seed)), gr.skip()]
     except UserError as error:
-        yield [tuned, base, markup.error(services.told(error)), after_failure, *READY]
+        last_words = [tuned, base, markup.error(services.told(error)), after_failure]
     except Exception as error:  # noqa: BLE001 - shown in the answer's place; the next answer works
         why = f"The answer broke off: {services.told(error)}. Send again, or choose another."
-        yield [tuned, base, markup.error(why), after_failure, *READY]
+        last_words = [tuned, base, markup.error(why), after_failure]
         traceback.print_exc()
-    else:
-        if answers and not all(answers.texts) and not wish.stop:  # an answer that ended at once has its turn too
-            said = [[*h, {"role": "assistant", "content": words or EMPTY}] for h, words in zip(histories, answers.texts, strict=True)]
-            yield [*columns(said), markup.note(figures(answers, drawn.seed)), gr.skip(), *BUSY]
-        yield [*wish.instead, "", gr.skip(), *READY] if wish.instead else [gr.skip(), gr.skip(), gr.skip(), gr.skip(), *READY]
     finally:
         wish.is_answered = True
+    yield [*wish.instead, "", gr.skip(), *READY] if wish.instead else [*last_words, *READY]
 
 
 def now_and_then(answers: Iterator[Answers]) -> Iterator[Answers]:

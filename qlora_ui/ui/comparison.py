@@ -10,8 +10,10 @@ from typing import Any
 
 from qlora_ui.config import KNOBS
 from qlora_ui.curves import Point
+from qlora_ui.data import sources
 from qlora_ui.progress import Progress
 
+MOST_CHARACTERS = 60  # of a setting's value
 MOST_RUNS = 8  # as many colours as colour-blind eyes can tell apart
 
 
@@ -29,7 +31,7 @@ def report(run: Shown) -> str:
     progress = run.progress
     best = f"best held-out loss {progress.best.loss:.3f} at step {progress.best.step:,}" if progress.best else "no held-out loss"
     said = progress.end_sentence() or f"{progress.phase or 'starting'}, step {progress.step:,}"
-    rows = "".join(f"<tr><th scope='row'>{label(name)}</th><td>{cell(value)}</td></tr>" for name, value in run.settings.items())
+    rows = "".join(f"<tr><th scope='row'>{label(name)}</th><td>{cell(name, value)}</td></tr>" for name, value in run.settings.items())
     log = "\n".join(progress.log)
     return (
         f'<p class="headline">{escape(said)}</p><p class="note">{escape(best)}</p>{picture([run])}'
@@ -48,7 +50,7 @@ def comparison(runs: Sequence[Shown]) -> str:
         "Last training loss": [f"{run.progress.loss:.3f}" if run.progress.loss is not None else "–" for run in runs],
     }
     lines = [(escape(name), values) for name, values in figures.items()]
-    lines += [(label(name), [cell(run.settings.get(name)) for run in runs]) for name in different]
+    lines += [(label(name), [cell(name, run.settings.get(name)) for run in runs]) for name in different]
     body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{value}</td>" for value in values)}</tr>' for name, values in lines)
     said = f"{len(different)} settings differ." if len(different) > 1 else "One setting differs." if different else "Same settings."
     return (
@@ -66,9 +68,12 @@ def label(name: str) -> str:
     return escape(KNOBS[name].label)
 
 
-def cell(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return escape(text if len(text) <= 60 else text[:59] + "…") or "–"
+def cell(name: str, value: Any) -> str:
+    """A setting's value, a data set's as it is called; what is cut short or left out, a pointer that rests on it tells."""
+    whole = f"{value:g}" if isinstance(value, float) else str(value)
+    text = sources.shown(whole) if name == "data" else whole
+    text = text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…"
+    return escape(text or "–") if text == whole else f'<span title="{escape(whole)}">{escape(text)}</span>'
 
 
 # The picture --------------------------------------------------------------------------------------------------------------

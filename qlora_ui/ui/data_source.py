@@ -130,10 +130,13 @@ def switch_source(services: Services, source: str) -> list[Any]:
 
 
 def source_of(reference: str) -> str:
-    """Which source a reference came from."""
+    """Which source a reference came from; of what is not here any more, a file's."""
     if reference.startswith(sources.BUNDLED_PREFIX):
         return BUNDLED
-    return HUB if sources.is_hub(reference) else WORKSPACE
+    try:
+        return HUB if sources.is_hub(reference) else WORKSPACE
+    except UserError:  # the tabs say so of what is chosen
+        return WORKSPACE
 
 
 def choose_held(

@@ -192,7 +192,7 @@ def start(
     private: bool,
     token: str | None,
 ) -> list[Any]:
-    """Begin, or say why not. The token leaves its field in any case."""
+    """Begin, or say why not. The token leaves its field once it was taken."""
     pushes, to = push and kind != "folder", (repository or "").strip()
     try:
         if pushes and not to:
@@ -202,7 +202,7 @@ def start(
         wish = exporting.into_workspace(run, kind, step_of(weights), nf4, to if pushes else "", private)
         services.exporting.start(wish, (token or "").strip() if pushes else "")
     except UserError as error:
-        return [markup.error(str(error)), ""]
+        return [markup.error(str(error)), gr.skip()]
     return ["", ""]
 
 

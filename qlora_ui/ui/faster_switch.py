@@ -49,7 +49,7 @@ def gain(services: Services, speaker_id: str) -> str:
     except UserError:  # it was deleted since; its shape is not known here
         return ""
     gib = faster.offered_gib(shape, speaker.quantization, hardware)
-    return f"Faster, takes {gib:.1f} GB" if gib else ""
+    return f"Faster, takes {gib:.1f} GiB" if gib else ""
 
 
 def choose(services: Services, on: bool) -> None:

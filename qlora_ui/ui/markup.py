@@ -59,7 +59,7 @@ def tiles(progress: Progress | None) -> str:
         "held-out": f"{progress.held_out_loss:.3f}" if progress and progress.held_out_loss is not None else "",
         "learning rate": f"{last.learning_rate:.1e}" if last else "",
         "tokens/s": f"{last.tokens_per_second:,.0f}" if last else "",
-        "memory": f"{last.memory_gib:.1f} GB" if last else "",
+        "memory": f"{last.memory_gib:.1f} GiB" if last else "",
         "time left": duration(eta) if eta is not None else "",
     }
     under = {

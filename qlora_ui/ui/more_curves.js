@@ -10,7 +10,7 @@ const say = {
   learning_rate: (rate) => rate.toExponential(1),
   grad_norm: (norm) => norm.toPrecision(3),
   tokens_per_second: (speed) => speed.toLocaleString("en-US", { maximumFractionDigits: 0 }),
-  memory_gib: (memory) => `${memory.toFixed(1)} GB`,
+  memory_gib: (memory) => `${memory.toFixed(1)} GiB`,
 };
 
 /** `version` is that of the news; without one the points are asked for in any case. */

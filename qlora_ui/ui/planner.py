@@ -18,8 +18,8 @@ from qlora_ui.errors import UserError
 from qlora_ui.inspection import Look
 from qlora_ui.memory.advice import advice_for
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
-from qlora_ui.memory.forecast import Forecast, Verdict, forecast
-from qlora_ui.memory.measured import Measured, corrected
+from qlora_ui.memory.forecast import Forecast, Verdict
+from qlora_ui.memory.measured import Measured, plan_by
 from qlora_ui.model_configs import NotHere, find_shape, find_shape_within
 from qlora_ui.services import Services
 from qlora_ui.time_plan import time_plan
@@ -114,8 +114,9 @@ def look(services: Services, names: list[str], ask_hub: bool, card: str, preset:
         if device is None:
             return [markup.note("Memory: this machine is being looked at …"), "", hidden, off]
         measured = services.probes.known(config) if card == HERE else None
-        planned = corrected(shape, config, device, measured) if measured else forecast(shape, config, device)
-        advice = "" if planned.verdict(device.memory_bytes) == "fits" else advice_for(shape, config, device)
+        plan = plan_by(shape, config, device, measured)
+        planned = plan(config, device)
+        advice = "" if planned.verdict(device.memory_bytes) == "fits" else advice_for(plan, config, device)
         said = verdict(planned, device, card, is_measured=measured is not None)
         trouble = services.probes.trouble(config) if card == HERE else ""
         return [said + markup.error(trouble), bar(planned, device, advice, measured), hidden, may_measure]

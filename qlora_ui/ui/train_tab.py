@@ -194,6 +194,8 @@ def describe_plan(services: Services, names: list[str], preset: str, data: str, 
     chosen = f"Data: {sources.shown(data)}" if data else "No data set is chosen. Choose one on the Data tab."
     try:
         config = form.read(preset, data, names, values)
+        if data:
+            sources.check(data, services.workspace.root)
         command = train_command(config, services.workspace.root)
         seen = services.inspector.known(config) if data else None
         if seen is None or seen.data is None:
