@@ -44,9 +44,13 @@ def conversation(turns: int) -> list[Message]:
 
 
 class Plain:
-    """What `transformers` and `bitsandbytes` do by themselves, with the adapter in PEFT or without."""
+    """What `transformers` and `bitsandbytes` do by themselves, with the adapter in PEFT or without.
 
-    def __init__(self, folder: Path, dtype: Any, adapter: Path | None) -> None:
+    `rounds`: bitsandbytes may use the products that it has for some CPUs, which round float32 to bfloat16.
+    """
+
+    def __init__(self, folder: Path, dtype: Any, adapter: Path | None, rounds: bool = True) -> None:
+        from bitsandbytes.nn import Linear4bit
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -55,6 +59,9 @@ class Plain:
         )
         self.tokenizer = AutoTokenizer.from_pretrained(adapter or folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits, dtype=dtype).eval()
+        for layer in self.model.modules():
+            if isinstance(layer, Linear4bit) and not rounds:
+                layer.support_avx512bf16_for_cpu = False
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
 
@@ -124,6 +131,9 @@ def contenders(run: Run, compute_dtype: str) -> dict[str, Contender]:
         "ours, tuned": Ours(model, speaker),
         "ours, both at once (each)": Ours(model, speaker, speaker.base),
     }
+    if hardware.compute_dtype == "float32":
+        listed["plain generate, base, all in float32"] = Plain(found.folder, torch_dtype(hardware), None, rounds=False)
+        listed["plain generate, adapter in PEFT, all in float32"] = Plain(found.folder, torch_dtype(hardware), run.adapter, rounds=False)
     if model.faster.gib:
         listed |= {"ours, base, faster": Ours(model, speaker.base, faster=True), "ours, tuned, faster": Ours(model, speaker, faster=True)}
     first: dict[str, Contender] = {
