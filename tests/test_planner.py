@@ -19,7 +19,7 @@ from qlora_ui.engine.hardware import Hardware
 from qlora_ui.errors import UserError
 from qlora_ui.events import Planned
 from qlora_ui.inspection import Inspector
-from qlora_ui.memory.devices import CARDS
+from qlora_ui.memory.devices import CARDS, GIB
 from qlora_ui.memory.forecast import Terms
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Workspace
@@ -33,7 +33,7 @@ HARDWARE = Hardware(
 
 
 def over(workspace: Workspace, hardware: Hardware | None = HARDWARE) -> Services:
-    return dataclasses.replace(services.build(workspace, WarmUp()), hardware=lambda: hardware)
+    return dataclasses.replace(services.build(workspace, WarmUp()), device=lambda: hardware.device() if hardware else None)
 
 
 def look(
@@ -72,6 +72,26 @@ def test_it_moves_with_every_field_and_says_the_one_change_that_would_make_it_fi
     assert "Does not fit" in verdict
     advised = re.findall(r'class="advice">([^<]+)', after)[0]
     assert advised.startswith("Set gradient_checkpointing from off to on (slower by about a third): about ")
+
+
+def test_a_compute_dtype_that_does_not_suit_the_device_is_told(workspace: Workspace) -> None:
+    assert "T4 has no bfloat16 units" in look(workspace, "T4", "guanaco-7b")[1]
+    assert "compute_dtype is float16, which needs a GPU" in look(workspace, compute_dtype="float16")[1]
+    for card, preset in (("L4", "guanaco-7b"), ("T4", "colab-t4-7b"), (planner.HERE, "starter")):
+        assert 'class="caution"' not in look(workspace, card, preset)[1]
+
+
+def test_this_machine_is_planned_with_the_memory_that_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may have taken some since the app was started; what the app's own chat took, a training gets."""
+    taken = iter([1.0, 3.0])
+    monkeypatch.setattr("qlora_ui.engine.hardware.detect", lambda: HARDWARE)
+    monkeypatch.setattr("qlora_ui.engine.hardware.memory_gib", lambda: next(taken))
+    monkeypatch.setattr("qlora_ui.engine.hardware.free_memory_gib", lambda: 1.5)
+    warm_up = WarmUp()
+    warm_up._run()
+    device = warm_up.device()
+    assert device is not None
+    assert device.memory_bytes == 3.5 * GIB
 
 
 def test_before_the_machine_is_known_only_cards_are_planned_for(workspace: Workspace) -> None:
@@ -132,11 +152,12 @@ def test_steps_and_tokens_are_those_that_the_run_had(finished: Watched, workspac
         planned.tokens,
     )
     assert held_out_indices(seen.data, config.data, config.optimization.seed)
-    pace = planner.measured_pace(made, config)
+    pace, whose = planner.pace(made, config)
+    assert whose == "of the last such run"
     assert pace is not None
     assert f"at the {pace:.2g} s a step of the last such run" in planner.time_words(made, config, seen)
-    assert planner.measured_pace(made, config.with_values({"learning_rate": 1e-5, "max_steps": 99})) == pace
-    assert planner.measured_pace(made, config.with_values({"max_seq_len": 64})) is None
+    assert planner.pace(made, config.with_values({"learning_rate": 1e-5, "max_steps": 99}))[0] == pace
+    assert planner.pace(made, config.with_values({"max_seq_len": 64}))[0] is None
 
 
 def test_a_step_is_not_timed_by_what_only_the_learning_depends_on() -> None:
