@@ -160,6 +160,20 @@ def test_steps_and_tokens_are_those_that_the_run_had(finished: Watched, workspac
     assert planner.pace(made, config.with_values({"max_seq_len": 64}))[0] is None
 
 
+def test_three_epochs_of_few_rows_are_three_passes_though_a_step_could_have_more_rows(workspace: Workspace, tmp_path: Path) -> None:
+    """A pass ends with a smaller step: ten rows and a batch of 16 are one step a pass, and no row is seen oftener."""
+    config = tiny.tiny_config(
+        tiny.tiny_rows(tmp_path / "ten.json", 10),
+        max_steps=0,
+        num_train_epochs=3,
+        held_out_share=0,
+        micro_batch_size=4,
+        gradient_accumulation_steps=4,
+    )
+    plan = time_plan(config, Inspector(workspace, within=None).read(config.data), None, None)
+    assert (plan.steps, plan.passes, plan.warning()) == (3, 3, "")
+
+
 def test_a_step_is_not_timed_by_what_only_the_learning_depends_on() -> None:
     config = RunConfig()
     assert same_pace(config, config.with_values({"num_train_epochs": 9, "eval_steps": 7, "seed": 3}))
@@ -169,7 +183,16 @@ def test_a_step_is_not_timed_by_what_only_the_learning_depends_on() -> None:
 
 @pytest.mark.parametrize(("steps", "warns"), [(60, False), (120, False), (121, True), (3000, True)])
 def test_rows_that_are_seen_more_than_a_few_times_are_warned_of(steps: int, warns: bool) -> None:
-    plan = TimePlan(steps=steps, micro_batch_size=2, accumulation=2, rows=120, held_out=8, tokens_a_pass=12_345, seconds_a_step=2.0)
+    plan = TimePlan(
+        steps=steps,
+        steps_a_pass=30,
+        micro_batch_size=2,
+        accumulation=2,
+        rows=120,
+        held_out=8,
+        tokens_a_pass=12_345,
+        seconds_a_step=2.0,
+    )
     assert bool(plan.warning()) == warns
     if steps == 3000:
         assert plan.warning().startswith("Each row is seen about 100 times")
