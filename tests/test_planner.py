@@ -21,6 +21,7 @@ from qlora_ui.events import Planned
 from qlora_ui.inspection import Inspector
 from qlora_ui.memory.devices import CARDS, GIB
 from qlora_ui.memory.forecast import Terms
+from qlora_ui.memory.measured import Measured
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Workspace
 from qlora_ui.services import Services, WarmUp
@@ -124,6 +125,20 @@ def test_the_hub_is_asked_for_a_shape_only_at_a_persons_wish(workspace: Workspac
     verdict, _, offers = look(workspace, model="o/new", ask_hub=True)
     assert "The Hub could not be asked." in verdict
     assert asked == ["o/new"]
+
+
+def test_what_was_measured_is_told_also_of_a_model_whose_memory_cannot_be_counted(workspace: Workspace) -> None:
+    served = over(workspace)
+    config = presets.load("starter").config.with_values({"model": "o/new"})
+
+    def look_again() -> str:
+        verdict: str = planner.look(served, ["model"], False, planner.HERE, "starter", config.data.data, "o/new")[0]
+        return verdict
+
+    served.probes.fail(config, "o/new could not be fetched.")
+    assert "o/new could not be fetched." in look_again()
+    served.probes._known = [(config, Measured(memory_bytes=3 * GIB, seconds_a_step=2.0, train_rows=9, gradient_checkpointing=False))]
+    assert "A measured step took 3.00 GiB" in look_again()
 
 
 def test_a_folder_outside_the_workspace_is_not_looked_at(tiny_workspace: Workspace, tmp_path: Path) -> None:

@@ -107,21 +107,23 @@ def look(services: Services, names: list[str], ask_hub: bool, card: str, preset:
     except UserError:  # the form says which field
         return [markup.note("Memory is counted again when the settings are right."), "", hidden, off]
     may_measure = gr.update(interactive=bool(data) and card == HERE)
+    measured = services.probes.known(config) if card == HERE else None
+    trouble = services.probes.trouble(config) if card == HERE else ""
     try:
         find = find_shape if ask_hub else find_shape_within
         shape = find(config.model.model, config.model.revision, services.workspace.models)
         device = device_of(services, card)
         if device is None:
             return [markup.note("Memory: this machine is being looked at …"), "", hidden, off]
-        measured = services.probes.known(config) if card == HERE else None
         plan = plan_by(shape, config, device, measured)
         planned = plan(config, device)
         advice = "" if planned.verdict(device.memory_bytes) == "fits" else advice_for(plan, config, device)
         said = verdict(planned, device, card, is_measured=measured is not None)
-        trouble = services.probes.trouble(config) if card == HERE else ""
         return [said + markup.error(trouble), bar(planned, device, advice, dtype_caution(config, device), measured), hidden, may_measure]
     except UserError as error:
-        return [markup.note(f"Memory: {error}"), "", gr.update(visible=isinstance(error, NotHere)), may_measure]
+        took = f" A measured step took {gib(measured.memory_bytes)} beside the libraries' own." if measured else ""
+        said = markup.note(f"Memory: {error}{took}") + markup.error(trouble)
+        return [said, "", gr.update(visible=isinstance(error, NotHere)), may_measure]
 
 
 def device_of(services: Services, card: str) -> Device | None:
