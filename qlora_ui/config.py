@@ -485,9 +485,12 @@ class RunConfig:
         """Optimizer steps on one device, counted as transformers' Trainer counts them."""
         if self.optimization.max_steps:
             return self.optimization.max_steps
+        return math.ceil(self.optimization.num_train_epochs * self.steps_an_epoch(train_rows))
+
+    def steps_an_epoch(self, train_rows: int) -> int:
+        """Those of one pass over the rows. Its last may have fewer of them."""
         batches = math.ceil(train_rows / self.optimization.micro_batch_size)
-        steps_an_epoch = max(1, math.ceil(batches / self.optimization.gradient_accumulation_steps))
-        return math.ceil(self.optimization.num_train_epochs * steps_an_epoch)
+        return max(1, math.ceil(batches / self.optimization.gradient_accumulation_steps))
 
     def values(self) -> dict[str, Any]:
         """Flat: every knob's name and value."""

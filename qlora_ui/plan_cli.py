@@ -12,7 +12,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event
 from qlora_ui.export_cli import CANCELLED, stop_on_signals
-from qlora_ui.memory.advice import advice_for
+from qlora_ui.memory.advice import advice_for, dtype_caution
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import Forecast, forecast
 from qlora_ui.memory.measured import Measured, plan_by
@@ -58,7 +58,8 @@ def plan(config: RunConfig, workspace: Workspace, gpu: str | None, probe: bool, 
         print("Cancelled: nothing was measured.", file=sys.stderr)
         return CANCELLED
     forecast_of = plan_by(shape, config, device, measured)
-    planned, said = forecast_of(config, device), advice_for(forecast_of, config, device)
+    planned = forecast_of(config, device)
+    said = f"{advice_for(forecast_of, config, device)} {dtype_caution(config, device)}".rstrip()
     if as_json:
         print(json.dumps(report(config, shape, device, planned, said, measured)))
     else:
@@ -98,7 +99,8 @@ def this_machine(config: RunConfig) -> Device:
     """What would train here, with the memory that is free now."""
     from qlora_ui.engine import hardware
 
-    return hardware.detect(config.quantization.compute_dtype).device()
+    hardware.detect(config.quantization.compute_dtype)  # refuses what this machine cannot compute in
+    return hardware.detect().device()
 
 
 def report(

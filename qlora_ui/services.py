@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +26,7 @@ from qlora_ui.events import State
 from qlora_ui.exporting import Exporting
 from qlora_ui.inspection import Inspector
 from qlora_ui.jobs import Jobs
+from qlora_ui.memory.devices import Device
 from qlora_ui.overview import Overview
 from qlora_ui.probing import Probes
 from qlora_ui.progress import Progress, duration
@@ -96,6 +97,7 @@ class Services:
     inspector: Inspector
     probes: Probes
     hardware: Callable[[], Hardware | None]
+    device: Callable[[], Device | None]
     restart: Callable[[], None] = restart_process
     is_public: bool = False
     _isolated: dict[str, bool] = field(default_factory=dict, init=False)
@@ -292,19 +294,31 @@ class WarmUp:
 
     def __init__(self) -> None:
         self._hardware: Hardware | None = None
+        self._own_gib = 0.0  # what this process took when the hardware was looked at
         self._thread = threading.Thread(target=self._run, name="warm-up", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def hardware(self) -> Hardware | None:
-        """The device, or None while it is not known yet."""
+        """What was seen at the start, or None while it is not known yet."""
         return self._hardware
+
+    def device(self) -> Device | None:
+        """What trains here with the memory that is free now. What this app took since the start counts as free: a training gets it."""
+        seen = self._hardware
+        if seen is None:
+            return None
+        from qlora_ui.engine import hardware
+
+        grown = max(0.0, hardware.memory_gib() - self._own_gib)
+        return replace(seen, memory_free_gib=min(hardware.free_memory_gib() + grown, seen.memory_total_gib)).device()
 
     def _run(self) -> None:
         from qlora_ui.engine import hardware
 
-        self._hardware = hardware.detect()
+        seen, self._own_gib = hardware.detect(), hardware.memory_gib()
+        self._hardware = seen
         from qlora_ui.engine import chat, train  # noqa: F401
 
 
@@ -324,6 +338,7 @@ def build(workspace: Workspace, warm_up: WarmUp) -> Services:
         inspector=Inspector(workspace, workspace.root),
         probes=Probes(workspace, make_room=chat.release),
         hardware=warm_up.hardware,
+        device=warm_up.device,
     )
 
 

@@ -81,11 +81,11 @@ def plans(configs: Sequence[RunConfig], inspector: Inspector, pace: Callable[[Ru
 
 
 def plan_words(planned: Sequence[TimePlan]) -> str:
-    """`4 runs, 180 steps in all. About 12 min, at the pace of the last such runs.`"""
+    """`4 runs, 180 steps in all. About 12 min, at the pace that was measured here.`"""
     steps = sum(plan.steps for plan in planned)
     seconds = [plan.steps * plan.seconds_a_step for plan in planned if plan.seconds_a_step is not None]
     if len(seconds) < len(planned):
-        time = "How long they take is known once a run with such steps was measured here."
+        time = "How long they take is known once such a step was measured here."
     else:
-        time = f"About {duration(sum(seconds))} of training, at the pace of the last such run."
+        time = f"About {duration(sum(seconds))} of training, at the pace that was measured here."
     return f"{len(planned)} run{'' if len(planned) == 1 else 's'}, {steps:,} steps in all. {time}"

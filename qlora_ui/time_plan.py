@@ -45,6 +45,7 @@ class TimePlan:
     """
 
     steps: int
+    steps_a_pass: int
     micro_batch_size: int
     accumulation: int
     rows: int
@@ -56,19 +57,17 @@ class TimePlan:
     @property
     def passes(self) -> float:
         """How often each row is seen."""
-        return self.steps * self.micro_batch_size * self.accumulation / self.rows
+        return self.steps / self.steps_a_pass
 
     def words(self) -> str:
         """`45 steps of 4 rows (4 × 1), 1.25 passes over 144 rows, about 40,000 tokens; 9 rows held out.`"""
         batch = f"{self.micro_batch_size * self.accumulation} rows ({self.micro_batch_size} × {self.accumulation})"
+        passes = f"{self.passes:.3g}" if self.passes < 1000 else f"{self.passes:,.0f}"
         tokens = "" if self.tokens_a_pass is None else f", about {rounded(self.passes * self.tokens_a_pass):,} tokens"
         time = ""
         if self.seconds_a_step is not None:
             time = f" About {duration(self.steps * self.seconds_a_step)}, at the {self.seconds_a_step:.2g} s a step {self.whose}."
-        return (
-            f"{self.steps:,} steps of {batch}, {self.passes:.3g} passes over {self.rows:,} rows{tokens}; "
-            f"{self.held_out:,} rows held out.{time}"
-        )
+        return f"{self.steps:,} steps of {batch}, {passes} passes over {self.rows:,} rows{tokens}; {self.held_out:,} rows held out.{time}"
 
     def warning(self) -> str:
         """A sentence when the rows are seen more than a few times, else nothing."""
@@ -95,6 +94,7 @@ def time_plan(config: RunConfig, data: DataSet, preview: Preview | None, seconds
         raise UserError(f"No row is left to train on: max_seq_len is {config.data.max_seq_len}. Raise it.", field="max_seq_len")
     return TimePlan(
         steps=config.total_steps(rows),
+        steps_a_pass=config.steps_an_epoch(rows),
         micro_batch_size=config.optimization.micro_batch_size,
         accumulation=config.optimization.gradient_accumulation_steps,
         rows=rows,

@@ -53,6 +53,9 @@ def test_queued_runs_train_in_their_order_without_a_click_and_a_sweep_opens_in_o
         values.fill("0.01, 0.02")
         values.blur()
         expect(page.locator("#sweep-plan")).to_contain_text("2 runs, 4 steps in all.")
+        for steps in (3, 2):  # it follows the form too
+            set_number(page, "max_steps", steps)
+            expect(page.locator("#sweep-plan")).to_contain_text(f"2 runs, {2 * steps} steps in all.")
         page.locator("#sweep-add").scroll_into_view_if_needed()
         looked_at(page, tmp_path, "sweep")
         page.locator("#sweep-add").click()

@@ -136,6 +136,13 @@ def test_targets_that_no_matrix_has_are_refused() -> None:
         trained_tensors(shape, RunConfig().with_values({"target_modules": "query"}).adapter)
 
 
+@pytest.mark.parametrize(("skip", "said"), [("0-31", "names all layers"), ("32", "has 32, but this model's layers are 0 to 31")])
+def test_layers_that_cannot_be_skipped_are_told_before_a_run(skip: str, said: str) -> None:
+    shape = read_shape(shipped()["huggyllama/llama-7b"], "7b")
+    with pytest.raises(UserError, match=said):
+        trained_tensors(shape, RunConfig().with_values({"layers_to_skip": skip}).adapter)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_remembers_the_bytes_that_are_forecast(tmp_path: Path, name: str) -> None:
     sizes = [(8, 700), (512, 8), (300, 16), (4, 64)]

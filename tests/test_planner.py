@@ -19,8 +19,9 @@ from qlora_ui.engine.hardware import Hardware
 from qlora_ui.errors import UserError
 from qlora_ui.events import Planned
 from qlora_ui.inspection import Inspector
-from qlora_ui.memory.devices import CARDS
+from qlora_ui.memory.devices import CARDS, GIB
 from qlora_ui.memory.forecast import Terms
+from qlora_ui.memory.measured import Measured
 from qlora_ui.progress import Progress
 from qlora_ui.runs import Workspace
 from qlora_ui.services import Services, WarmUp
@@ -33,7 +34,7 @@ HARDWARE = Hardware(
 
 
 def over(workspace: Workspace, hardware: Hardware | None = HARDWARE) -> Services:
-    return dataclasses.replace(services.build(workspace, WarmUp()), hardware=lambda: hardware)
+    return dataclasses.replace(services.build(workspace, WarmUp()), device=lambda: hardware.device() if hardware else None)
 
 
 def look(
@@ -74,6 +75,26 @@ def test_it_moves_with_every_field_and_says_the_one_change_that_would_make_it_fi
     assert advised.startswith("Set gradient_checkpointing from off to on (slower by about a third): about ")
 
 
+def test_a_compute_dtype_that_does_not_suit_the_device_is_told(workspace: Workspace) -> None:
+    assert "T4 has no bfloat16 units" in look(workspace, "T4", "guanaco-7b")[1]
+    assert "compute_dtype is float16, which needs a GPU" in look(workspace, compute_dtype="float16")[1]
+    for card, preset in (("L4", "guanaco-7b"), ("T4", "colab-t4-7b"), (planner.HERE, "starter")):
+        assert 'class="caution"' not in look(workspace, card, preset)[1]
+
+
+def test_this_machine_is_planned_with_the_memory_that_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may have taken some since the app was started; what the app's own chat took, a training gets."""
+    taken = iter([1.0, 3.0])
+    monkeypatch.setattr("qlora_ui.engine.hardware.detect", lambda: HARDWARE)
+    monkeypatch.setattr("qlora_ui.engine.hardware.memory_gib", lambda: next(taken))
+    monkeypatch.setattr("qlora_ui.engine.hardware.free_memory_gib", lambda: 1.5)
+    warm_up = WarmUp()
+    warm_up._run()
+    device = warm_up.device()
+    assert device is not None
+    assert device.memory_bytes == 3.5 * GIB
+
+
 def test_before_the_machine_is_known_only_cards_are_planned_for(workspace: Workspace) -> None:
     for card, said in ((planner.HERE, "this machine is being looked at"), ("T4", "Fits")):
         verdict, *_ = planner.look(over(workspace, None), [], False, card, "starter", "")
@@ -106,6 +127,20 @@ def test_the_hub_is_asked_for_a_shape_only_at_a_persons_wish(workspace: Workspac
     assert asked == ["o/new"]
 
 
+def test_what_was_measured_is_told_also_of_a_model_whose_memory_cannot_be_counted(workspace: Workspace) -> None:
+    served = over(workspace)
+    config = presets.load("starter").config.with_values({"model": "o/new"})
+
+    def look_again() -> str:
+        verdict: str = planner.look(served, ["model"], False, planner.HERE, "starter", config.data.data, "o/new")[0]
+        return verdict
+
+    served.probes.fail(config, "o/new could not be fetched.")
+    assert "o/new could not be fetched." in look_again()
+    served.probes._known = [(config, Measured(memory_bytes=3 * GIB, seconds_a_step=2.0, train_rows=9, gradient_checkpointing=False))]
+    assert "A measured step took 3.00 GiB" in look_again()
+
+
 def test_a_folder_outside_the_workspace_is_not_looked_at(tiny_workspace: Workspace, tmp_path: Path) -> None:
     tiny.tiny_model(tmp_path / "elsewhere")
     assert "There is no model" in look(tiny_workspace, model=str(tmp_path / "elsewhere"))[0]
@@ -132,11 +167,26 @@ def test_steps_and_tokens_are_those_that_the_run_had(finished: Watched, workspac
         planned.tokens,
     )
     assert held_out_indices(seen.data, config.data, config.optimization.seed)
-    pace = planner.measured_pace(made, config)
+    pace, whose = planner.pace(made, config)
+    assert whose == "of the last such run"
     assert pace is not None
     assert f"at the {pace:.2g} s a step of the last such run" in planner.time_words(made, config, seen)
-    assert planner.measured_pace(made, config.with_values({"learning_rate": 1e-5, "max_steps": 99})) == pace
-    assert planner.measured_pace(made, config.with_values({"max_seq_len": 64})) is None
+    assert planner.pace(made, config.with_values({"learning_rate": 1e-5, "max_steps": 99}))[0] == pace
+    assert planner.pace(made, config.with_values({"max_seq_len": 64}))[0] is None
+
+
+def test_three_epochs_of_few_rows_are_three_passes_though_a_step_could_have_more_rows(workspace: Workspace, tmp_path: Path) -> None:
+    """A pass ends with a smaller step: ten rows and a batch of 16 are one step a pass, and no row is seen oftener."""
+    config = tiny.tiny_config(
+        tiny.tiny_rows(tmp_path / "ten.json", 10),
+        max_steps=0,
+        num_train_epochs=3,
+        held_out_share=0,
+        micro_batch_size=4,
+        gradient_accumulation_steps=4,
+    )
+    plan = time_plan(config, Inspector(workspace, within=None).read(config.data), None, None)
+    assert (plan.steps, plan.passes, plan.warning()) == (3, 3, "")
 
 
 def test_a_step_is_not_timed_by_what_only_the_learning_depends_on() -> None:
@@ -148,7 +198,16 @@ def test_a_step_is_not_timed_by_what_only_the_learning_depends_on() -> None:
 
 @pytest.mark.parametrize(("steps", "warns"), [(60, False), (120, False), (121, True), (3000, True)])
 def test_rows_that_are_seen_more_than_a_few_times_are_warned_of(steps: int, warns: bool) -> None:
-    plan = TimePlan(steps=steps, micro_batch_size=2, accumulation=2, rows=120, held_out=8, tokens_a_pass=12_345, seconds_a_step=2.0)
+    plan = TimePlan(
+        steps=steps,
+        steps_a_pass=30,
+        micro_batch_size=2,
+        accumulation=2,
+        rows=120,
+        held_out=8,
+        tokens_a_pass=12_345,
+        seconds_a_step=2.0,
+    )
     assert bool(plan.warning()) == warns
     if steps == 3000:
         assert plan.warning().startswith("Each row is seen about 100 times")

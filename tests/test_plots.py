@@ -427,3 +427,12 @@ def test_all_points_are_taken_away_as_csv_and_the_picture_as_png(page: Page, run
     alphas, *colours = (channel.getextrema() for channel in reversed(Image.open(io.BytesIO(files["a-loss.png"])).split()))
     assert alphas == (255, 255)  # with its ground, so that it is legible on any other
     assert all(low != high for low, high in colours)
+
+    runs.grow("a", 2000, total_steps=2040)
+    curve = runs.runs["a"].train
+    say(page, "a 2")
+    wait_for_points(page, "a", len(curve.points))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the points as CSV", exact=True).click()
+    assert curve.stride > 1
+    assert Path(download.value.path()).read_text().startswith(f"step,training_mean_of_{curve.stride},smoothed,held_out\n")

@@ -155,5 +155,7 @@ def test_runs_are_found_compared_named_linked_and_deleted(browser: Browser, work
         page.locator("#run-delete-confirm").click()
         expect(table.locator(".said")).to_have_text("0 of 1 runs")
         assert not first.folder.exists()
+        linked.goto(f"{app.url}/?run={first.id}")
+        expect(linked.locator("#runs-shown")).to_contain_text(f"There is no run '{first.id}' here")
         assert page.evaluate("document.body.dataset.broken") is None
         assert page.faults == []  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Request, Route, expect
 from serving import go, open_page, served
 
 from qlora_ui.events import Phase, Planned, Sample
@@ -81,3 +81,29 @@ def test_samples_are_followed_and_an_older_step_stays_while_it_is_looked_at(
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.screenshot(path=tmp_path / "samples-390-dark.png")
         assert page.faults == []  # type: ignore[attr-defined]
+
+
+def test_a_run_that_is_chosen_while_anothers_samples_are_fetched_shows_its_own(browser: Browser, workspace: Workspace, rows: Path) -> None:
+    first, second = tiny.tiny_run(workspace, rows), tiny.tiny_run(workspace, rows)
+    for run, said in ((first, "of the first"), (second, "of the second")):
+        answer(run, 10, said)
+    held: list[Route] = []
+
+    def asks_for_the_first(request: Request) -> bool:
+        told = request.post_data or ""
+        return "rounds" in told and first.id in told
+
+    with served(workspace.root) as app:
+        page = open_page(browser, app.url)
+        go(page, "Runs")
+        page.route(
+            re.compile("component_server"), lambda route: held.append(route) if asks_for_the_first(route.request) else route.continue_()
+        )
+        with page.expect_request(asks_for_the_first):
+            page.locator(f'#runs-table tr[data-run="{first.id}"] button').click()
+        page.locator(f'#runs-table tr[data-run="{second.id}"] button').click()
+        expect(page.locator("#runs-table tr.chosen")).to_have_attribute("data-run", second.id)
+        expect(page).to_have_url(re.compile(second.id))
+        page.wait_for_function("id => document.querySelector('#run-samples') && window.samplesShown?.chosen?.run === id", arg=second.id)
+        held[0].continue_()
+        expect(page.locator("#run-samples")).to_contain_text("of the second")

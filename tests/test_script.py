@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 from training import trained
 
 from qlora_ui.cli import main, read_config
 from qlora_ui.cli import parser as command_line
 from qlora_ui.engine import script
 from qlora_ui.errors import UserError
-from qlora_ui.events import Step
+from qlora_ui.events import HeldOut, Step
 from qlora_ui.runs import Run, Workspace
 
 
@@ -54,8 +56,8 @@ def test_the_notebook_is_the_script_in_cells_and_the_command_starts_the_same_run
     assert all(
         line.strip() in code for line in (tmp_path / "made" / "train.py").read_text().splitlines() if not line.startswith(("# %%", '"""'))
     )
-    flags = shlex.split(script.command(run.config()))
-    assert flags[:4] == ["python", "-m", "qlora_ui", "train"]
+    said = (tmp_path / "made" / "README.md").read_text().splitlines()
+    (flags,) = [shlex.split(line) for line in said if line.startswith("    python -m qlora_ui")]
     again = read_config(command_line().parse_args(flags[3:]))
     assert {**again.values(), "preset": ""} == {**run.config().values(), "preset": ""}
 
@@ -69,7 +71,24 @@ def test_the_notebook_is_the_script_in_cells_and_the_command_starts_the_same_run
 )
 def test_what_a_plain_script_cannot_say_is_a_sentence(values: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        script.check(tiny.tiny_config("rows.json", **values))
+        script.check(tiny.tiny_config("rows.json", **values), Path("home"))
+
+
+def test_the_script_ends_early_and_keeps_the_best_weights_as_the_run_did(tiny_workspace: Workspace, rows: Path, tmp_path: Path) -> None:
+    """At this learning rate the held-out loss rises after step 6, and two measurements later it is over."""
+    wished = {"keep": "best", "early_stopping_patience": 2, "eval_steps": 1, "save_steps": 5, "max_steps": 12}
+    run = trained(tiny_workspace, rows, **wished, learning_rate=0.03, warmup_ratio=0.0)
+    script.write(run, tmp_path / "made")
+    subprocess.run([sys.executable, "-I", "train.py"], cwd=tmp_path / "made", capture_output=True, check=True)
+    log = json.loads((tmp_path / "made" / "losses.json").read_text())
+    theirs = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    ours = {event.step: event.loss for event in tiny.events_of(run, HeldOut)}
+    best = min(ours, key=lambda step: ours[step])
+    assert theirs.keys() == ours.keys()
+    assert best == min(theirs, key=lambda step: theirs[step]) < max(ours) < 12
+    folders = tmp_path / "made" / "adapter", tmp_path / "made" / "checkpoints" / f"checkpoint-{best}"
+    kept, saved = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
 
 
 def test_a_folder_that_is_there_is_left_alone_and_a_run_without_an_adapter_has_no_script(

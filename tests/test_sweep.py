@@ -13,10 +13,11 @@ from qlora_ui import presets, services, sweeping
 from qlora_ui.cli import main
 from qlora_ui.errors import UserError
 from qlora_ui.inspection import Inspector
+from qlora_ui.memory.measured import Measured
 from qlora_ui.queueing import Entry
 from qlora_ui.runs import Run, Workspace
 from qlora_ui.services import Services
-from qlora_ui.ui import queue_panel, runs_tab, sweep
+from qlora_ui.ui import form, queue_panel, runs_tab, sweep
 
 
 @pytest.fixture
@@ -77,10 +78,10 @@ def test_the_plan_says_runs_steps_and_time(workspace: Workspace, rows: Path) -> 
     configs = [tiny.tiny_config(rows, max_steps=steps) for steps in (10, 30)]
     inspector = Inspector(workspace, within=None)
     assert sweeping.plan_words(sweeping.plans(configs, inspector, lambda config: 3.0)) == (
-        "2 runs, 40 steps in all. About 2 min of training, at the pace of the last such run."
+        "2 runs, 40 steps in all. About 2 min of training, at the pace that was measured here."
     )
     unknown = sweeping.plan_words(sweeping.plans(configs, inspector, lambda config: 3.0 if config is configs[0] else None))
-    assert unknown == "2 runs, 40 steps in all. How long they take is known once a run with such steps was measured here."
+    assert unknown == "2 runs, 40 steps in all. How long they take is known once such a step was measured here."
 
 
 # From a page --------------------------------------------------------------------------------------------------------------
@@ -90,6 +91,13 @@ def form_values(data: str, **values: object) -> tuple[list[str], list[object]]:
     config = tiny.tiny_config(data, **values).values()
     names = [name for name in config if name != "data"]
     return names, [False, "starter", data, *(config[name] for name in names)]
+
+
+def test_a_step_that_was_measured_tells_how_long_a_sweep_takes(page: Services, uploaded: str) -> None:
+    names, told = form_values(uploaded, max_steps=30)
+    took = Measured(memory_bytes=1, seconds_a_step=2.0, train_rows=9, gradient_checkpointing=False)
+    page.probes._known = [(form.read("starter", uploaded, names, tuple(told[3:])), took)]
+    assert "2 runs, 60 steps in all. About 2 min of training" in sweep.look(page, names, "learning_rate", "1e-3,2e-3", "", "", *told)
 
 
 def test_a_page_lines_up_every_combination_or_none(page: Services, uploaded: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from qlora_ui import checkpoints, presets
+from qlora_ui import checkpoints
+from qlora_ui.command_line import train_command
 from qlora_ui.config import RunConfig
 from qlora_ui.data import checks
 from qlora_ui.disk import telling_trouble
@@ -42,7 +42,7 @@ With QLoRA UI the same run is started so:
 def write(run: Run, folder: Path, should_stop: Callable[[], bool] = lambda: False) -> None:
     """Make the folder. Raises UserError for a run that the script could not repeat, and for a folder that is there already."""
     config, lora = run.config(), lora_settings(run)
-    check(config)
+    check(config, run.workspace.root)
     with telling_trouble(folder.parent):
         aside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
@@ -75,6 +75,7 @@ def fill(folder: Path, run: Run, config: RunConfig, lora: dict[str, Any], should
         "pad_token_id": tokenizer.pad_token_id,
         "chat_template": tokenizer.chat_template,
         "training": training(config, has_held_out=len(held_out) > 0),
+        "early_stopping_patience": config.schedule.early_stopping_patience if len(held_out) else 0,
     }
     (folder / "settings.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
     for name, part in (("train", rows), ("held_out", held_out)):
@@ -83,10 +84,11 @@ def fill(folder: Path, run: Run, config: RunConfig, lora: dict[str, Any], should
     script = ALONE.read_text("utf-8")
     (folder / "train.py").write_text(script, "utf-8")
     (folder / "train.ipynb").write_text(json.dumps(notebook(script), indent=1) + "\n", "utf-8")
-    (folder / "README.md").write_text(README.format(name=run.name, command=command(config)), "utf-8")
+    command = train_command(config, run.workspace.root)
+    (folder / "README.md").write_text(README.format(name=run.name, command=command), "utf-8")
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, home: Path) -> None:
     """Raise UserError for what plain Trainer and PEFT cannot be told in a script of this length."""
     beyond = {
         "new_tokens": config.data.new_tokens,
@@ -96,16 +98,9 @@ def check(config: RunConfig) -> None:
         "trust_remote_code": config.model.trust_remote_code,
     }
     if said := [name for name, value in beyond.items() if value]:
-        raise UserError(f"There is no script for a run with {' and '.join(said)}. Repeat it with: {command(config)}", field=said[0])
-
-
-def command(config: RunConfig) -> str:
-    """The command line that starts the same run: what is not as the preset has it is set."""
-    preset = config.preset if config.preset in presets.names() else presets.names()[0]
-    told = presets.load(preset).config.values()
-    changed = {name: value for name, value in config.values().items() if value != told[name] and name != "data"}
-    flags = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in changed.items()]
-    return " ".join(["python -m qlora_ui train", "--preset", preset, "--data", shlex.quote(config.data.data), *flags])
+        raise UserError(
+            f"There is no script for a run with {' and '.join(said)}. Repeat it with: {train_command(config, home)}", field=said[0]
+        )
 
 
 def lora_settings(run: Run) -> dict[str, Any]:
@@ -134,8 +129,13 @@ def bits(config: RunConfig) -> dict[str, Any]:
 def training(config: RunConfig, has_held_out: bool) -> dict[str, Any]:
     """TrainingArguments' arguments, but for those that depend on the machine."""
     o, checkpointing = config.optimization, config.optimization.gradient_checkpointing != "off"
+    keeps_best = has_held_out and config.schedule.keep == "best"
     return {
         **train.training_values(config, has_held_out),
+        # Trainer finds the best among what it saves, so it saves whenever it measures.
+        **({"load_best_model_at_end": True, "save_steps": config.schedule.eval_steps} if keeps_best else {}),
+        "metric_for_best_model": "eval_loss" if has_held_out else None,
+        "greater_is_better": False,
         "per_device_train_batch_size": o.micro_batch_size,
         "per_device_eval_batch_size": o.micro_batch_size,
         "gradient_accumulation_steps": o.gradient_accumulation_steps,

@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback, Trainer, TrainingArguments
 
 here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 settings = json.loads((here / "settings.json").read_text("utf-8"))
@@ -67,6 +67,8 @@ arguments = TrainingArguments(
     **settings["training"],
 )
 trainer = Trainer(model=model, args=arguments, train_dataset=rows["train"], eval_dataset=rows.get("held_out"), data_collator=padded)
+if settings["early_stopping_patience"]:
+    trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
 trainer.train()
 
 # %% The result

@@ -57,6 +57,16 @@ def advice_for(plan: Plan, config: RunConfig, device: Device) -> str:
     return just_fits or _several(plan, config, device) or _elsewhere(plan, config, before.total)
 
 
+def dtype_caution(config: RunConfig, device: Device) -> str:
+    """A sentence where the wished compute dtype does not suit the device, else nothing."""
+    wish = config.quantization.compute_dtype
+    if device.kind == "cpu" and wish == "float16":
+        return "compute_dtype is float16, which needs a GPU: set it to auto, float32 or bfloat16."
+    if device.kind == "cuda" and wish == "bfloat16" and device.compute_dtype == "float16":
+        return f"{device.name} has no bfloat16 units, so that steps are slow: set compute_dtype to auto, which is float16 there."
+    return ""
+
+
 def advice_after_lack(shape: ModelShape, config: RunConfig, device: Device, *, loading: bool) -> str:
     """What to do when memory ran out on a device that now has so much free: `loading` the base, or training.
 

@@ -31,8 +31,12 @@ class Trained:
 
 
 def adapted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, int]]:
-    """The matrices that get an adapter, and how many of each. Raises UserError when `target_modules` names none of this model."""
-    skipped = adapter.skipped_layers()
+    """The matrices that get an adapter, and how many of each. Raises UserError when the adapter's settings name none of this model."""
+    skipped, layers = adapter.skipped_layers(), max(stack.layers for stack in shape.stacks)
+    if missing := [layer for layer in skipped if layer >= layers]:
+        raise UserError(f"layers_to_skip has {missing[0]}, but this model's layers are 0 to {layers - 1}.", field="layers_to_skip")
+    if len(skipped) == layers:
+        raise UserError("layers_to_skip names all layers of this model. Leave one to the adapter.", field="layers_to_skip")
     inner = [(linear, sum(n not in skipped for n in range(stack.layers))) for stack in shape.stacks for linear in stack.linears]
     linears = [*inner, *((linear, 1) for linear in shape.outer)]
     if adapter.target_modules == "all-linear":

@@ -135,7 +135,7 @@ def wire(
     train.start.click(started, kept, [train.message], **QUIET).then(None, None, None, js=SHOW_BLAMED).then(**look)
     lined_up = train.line_up.click(partial(queue_panel.add, services, names), kept, [train.message], **QUIET)
     lined_up.then(None, None, None, js=SHOW_BLAMED).then(None, None, None, js=queue_panel.CHANGED)
-    sweep.wire(services, train.swept, names, kept, QUIET)
+    sweep.wire(services, train.swept, names, kept, heard(changes, while_seen="#sweep-plan").change, QUIET)
     run_bar.wire(services, bar, train.isolated, look, QUIET)
     wire_resume_with(services, bar, train, names, form_values, filled, changes).then(**look)
     for button, run in ((bar.chat, bar.run), (runs.chat, runs.one)):
@@ -144,7 +144,7 @@ def wire(
 
     own = partial(own_settings, services, names)
     runs.settings.click(own, [runs.one], [train.message, *filled], **QUIET).then(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
-    page.load(linked_run(services), None, [tabs, runs.table], **QUIET)
+    page.load(linked_run(services), None, [tabs, runs.table, runs.shown], **QUIET)
 
 
 def wire_export(
@@ -288,10 +288,14 @@ def linked_run(services: Services) -> Any:
     """Opens the run of the page's address, `?run=ID`. Gradio gives a request to plain functions only."""
 
     def opened_by_link(request: gr.Request) -> list[Any]:
-        run = services.find(str(request.query_params.get("run", "")))
-        if run is None or "pair" in request.query_params:  # a pair that waits for a vote is shown by the arena
-            return [gr.skip(), gr.skip()]
-        return [gr.Tabs(selected="runs"), [run.id]]
+        wanted = str(request.query_params.get("run", ""))
+        if not wanted or "pair" in request.query_params:  # a pair that waits for a vote is shown by the arena
+            return [gr.skip()] * 3
+        run = services.find(wanted)
+        if run is None:
+            gone = markup.error(f"There is no run {wanted[:80]!r} here: it was deleted, or is in another workspace. Choose another.")
+            return [gr.Tabs(selected="runs"), gr.skip(), gone]
+        return [gr.Tabs(selected="runs"), [run.id], gr.skip()]
 
     return opened_by_link
 

@@ -19,12 +19,13 @@ function offer(blob, ending) {
   setTimeout(() => URL.revokeObjectURL(href), 10000); // the browser has taken it by then
 }
 
-/** All points that the page has, a line for each step that has any. */
+/** All points that the page has, a line for each step that has any. Of a long run they are means, and the column says of how many. */
 function asCsv() {
   const columns = [plot.train, plot.smooth, plot.heldOut].map((points) => new Map(points));
   const steps = [...new Set(columns.flatMap((column) => [...column.keys()]))].sort((a, b) => a - b);
   const rows = steps.map((step) => [step, ...columns.map((column) => column.get(step) ?? "")].join());
-  return ["step,training,smoothed,held_out", ...rows].map((row) => `${row}\n`).join("");
+  const training = plot.stride > 1 ? `training_mean_of_${plot.stride}` : "training";
+  return [`step,${training},smoothed,held_out`, ...rows].map((row) => `${row}\n`).join("");
 }
 
 /** The canvas on the ground that lies behind it in the page, at the screen's own resolution. */

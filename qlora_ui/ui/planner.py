@@ -16,7 +16,7 @@ from qlora_ui import overview
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.inspection import Look
-from qlora_ui.memory.advice import advice_for
+from qlora_ui.memory.advice import advice_for, dtype_caution
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import Forecast, Verdict
 from qlora_ui.memory.measured import Measured, plan_by
@@ -107,29 +107,28 @@ def look(services: Services, names: list[str], ask_hub: bool, card: str, preset:
     except UserError:  # the form says which field
         return [markup.note("Memory is counted again when the settings are right."), "", hidden, off]
     may_measure = gr.update(interactive=bool(data) and card == HERE)
+    measured = services.probes.known(config) if card == HERE else None
+    trouble = services.probes.trouble(config) if card == HERE else ""
     try:
         find = find_shape if ask_hub else find_shape_within
         shape = find(config.model.model, config.model.revision, services.workspace.models)
         device = device_of(services, card)
         if device is None:
             return [markup.note("Memory: this machine is being looked at …"), "", hidden, off]
-        measured = services.probes.known(config) if card == HERE else None
         plan = plan_by(shape, config, device, measured)
         planned = plan(config, device)
         advice = "" if planned.verdict(device.memory_bytes) == "fits" else advice_for(plan, config, device)
         said = verdict(planned, device, card, is_measured=measured is not None)
-        trouble = services.probes.trouble(config) if card == HERE else ""
-        return [said + markup.error(trouble), bar(planned, device, advice, measured), hidden, may_measure]
+        return [said + markup.error(trouble), bar(planned, device, advice, dtype_caution(config, device), measured), hidden, may_measure]
     except UserError as error:
-        return [markup.note(f"Memory: {error}"), "", gr.update(visible=isinstance(error, NotHere)), may_measure]
+        took = f" A measured step took {gib(measured.memory_bytes)} beside the libraries' own." if measured else ""
+        said = markup.note(f"Memory: {error}{took}") + markup.error(trouble)
+        return [said, "", gr.update(visible=isinstance(error, NotHere)), may_measure]
 
 
 def device_of(services: Services, card: str) -> Device | None:
     """The card of that name, or what trains here; None while that is not known yet."""
-    if card != HERE:
-        return find_device(card)
-    hardware = services.hardware()
-    return hardware.device() if hardware else None
+    return services.device() if card == HERE else find_device(card)
 
 
 # A measured step ----------------------------------------------------------------------------------------------------------
@@ -171,8 +170,8 @@ def verdict(planned: Forecast, device: Device, card: str, *, is_measured: bool =
     return f'<p class="verdict" role="status" data-verdict="{said}"><b>{VERDICT_WORDS[said]}</b> <span>{escape(figures)}</span></p>'
 
 
-def bar(planned: Forecast, device: Device, advice: str, measured: Measured | None = None) -> str:
-    """The terms side by side to the scale of the memory, what to change, and the figures behind it."""
+def bar(planned: Forecast, device: Device, advice: str, caution: str = "", measured: Measured | None = None) -> str:
+    """The terms side by side to the scale of the memory, what to change, what else to know, and the figures behind it."""
     scale = max(planned.total, device.memory_bytes)
     parts = "".join(
         f'<i class="{name}" style="width:{100 * size / scale:.2f}%" title="{title(name)}: {gib(size)}"></i>' for name, size in planned.terms
@@ -180,7 +179,7 @@ def bar(planned: Forecast, device: Device, advice: str, measured: Measured | Non
     limit = f'<u style="left:{100 * device.memory_bytes / scale:.2f}%"></u>' if planned.total > device.memory_bytes else ""
     terms = ", ".join(f"{title(name)} {gib(size)}" for name, size in planned.terms)
     said = f"Memory of {gib(device.memory_bytes)}, of which the run takes {gib(planned.total)}: {terms}."
-    told = f'<p class="advice">{escape(advice)}</p>' if advice else ""
+    told = "".join(f'<p class="{kind}">{escape(words)}</p>' for kind, words in (("advice", advice), ("caution", caution)) if words)
     return f'<div class="memory-bar" role="img" aria-label="{escape(said)}">{parts}{limit}</div>{told}{table(planned, device, measured)}'
 
 
@@ -221,12 +220,13 @@ def gib(size: int) -> str:
 def time_words(services: Services, config: RunConfig, seen: Look) -> str:
     """Steps, passes and tokens, the time where a run with such steps was measured here, and a word on rows that are seen too often."""
     assert seen.data is not None
-    plan = time_plan(config, seen.data, seen.preview, measured_pace(services, config))
-    if measured := services.probes.known(config):
-        plan = replace(plan, seconds_a_step=measured.seconds_a_step, whose="measured here")
+    seconds, whose = pace(services, config)
+    plan = replace(time_plan(config, seen.data, seen.preview, seconds), whose=whose)
     return markup.note(plan.words()) + (f'<p class="caution">{escape(plan.warning())}</p>' if plan.warning() else "")
 
 
-def measured_pace(services: Services, config: RunConfig) -> float | None:
-    """Seconds a step of the newest run whose steps are like these."""
-    return overview.measured_pace(services.workspace, services.watch.progress, config)
+def pace(services: Services, config: RunConfig) -> tuple[float | None, str]:
+    """Seconds a step, and whose: of a step that was measured, else of the newest run whose steps are like these."""
+    if measured := services.probes.known(config):
+        return measured.seconds_a_step, "measured here"
+    return overview.measured_pace(services.workspace, services.watch.progress, config), "of the last such run"

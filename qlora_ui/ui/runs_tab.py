@@ -49,6 +49,7 @@ class RunsTab:
     settings: gr.Button
     chat: gr.Button
     one: gr.Textbox
+    shown: gr.HTML
 
 
 def build(services: Services, quiet: dict[str, Any]) -> RunsTab:
@@ -96,7 +97,7 @@ def build(services: Services, quiet: dict[str, Any]) -> RunsTab:
     )
     cancel.click(lambda: gr.update(visible=False), None, [asked], **quiet)
     confirm.click(partial(discard, services), [one], [message, asked], **quiet).then(None, None, None, js=REFRESH)
-    return RunsTab(table=table, settings=settings, chat=chat, one=one)
+    return RunsTab(table=table, settings=settings, chat=chat, one=one, shown=shown)
 
 
 def show(services: Services, chosen: list[str]) -> list[Any]:

@@ -20,7 +20,8 @@ async function show(run, serial) {
   const late = new Promise((resolve) => setTimeout(resolve, 20000));
   const answer = await Promise.race([server.rounds([run, shown.rounds.map((round) => round.serial)]), late]);
   asking = false;
-  if (!answer || run !== shown.run) return; // a failed call answers undefined; the next news ask again
+  if (run !== shown.run) return show(shown.run, -1); // another was chosen meanwhile, and could not ask
+  if (!answer) return; // a failed call answers undefined; the next news ask again
   const known = new Map([...shown.rounds, ...answer.news].map((round) => [round.serial, round]));
   Object.assign(shown, { serial: answer.serial, rounds: answer.rounds.map((number) => known.get(number)) });
   draw();

@@ -25,8 +25,9 @@ ABOUT = "Give one setting or two some values, with commas. Each combination beco
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The components: twice a setting and its values, what that would be, and the button."""
+    """The components: the fold, in it twice a setting and its values, what that would be, and the button."""
 
+    fold: gr.Accordion
     asked: list[gr.components.Component]
     plan: gr.HTML
     add: gr.Button
@@ -36,7 +37,7 @@ def build() -> Sweep:
     """Folded away: most people never need it."""
     choices = [("–", ""), *sorted((knob.label, name) for name, knob in KNOBS.items() if name not in NOT_SWEPT)]
     asked: list[gr.components.Component] = []
-    with gr.Accordion("Sweep: try several values", open=False, elem_id="sweep"):
+    with gr.Accordion("Sweep: try several values", open=False, elem_id="sweep") as fold:
         gr.HTML(markup.note(ABOUT))
         for place, (name, values) in enumerate((FIRST, ("", "")), 1):
             with gr.Row(equal_height=True):
@@ -44,15 +45,19 @@ def build() -> Sweep:
                 asked.append(gr.Textbox(values, label="Values", max_lines=1, min_width=170, elem_id=f"sweep-values-{place}"))
         plan = gr.HTML(elem_id="sweep-plan")
         add = gr.Button("Add the sweep to the queue", size="sm", elem_id="sweep-add")
-    return Sweep(asked=asked, plan=plan, add=add)
+    return Sweep(fold=fold, asked=asked, plan=plan, add=add)
 
 
-def wire(services: Services, swept: Sweep, names: list[str], kept: list[gr.components.Component], quiet: dict[str, Any]) -> None:
-    """`kept` is the form: whether in a process of its own, the preset, the data, the settings."""
+def wire(
+    services: Services, swept: Sweep, names: list[str], kept: list[gr.components.Component], form_changed: Any, quiet: dict[str, Any]
+) -> None:
+    """`kept` is the form: whether in a process of its own, the preset, the data, the settings. What it would be follows it too."""
     told: dict[str, Any] = {"inputs": [*swept.asked, *kept], "outputs": [swept.plan], **quiet}
     settings, values = swept.asked[0::2], swept.asked[1::2]
-    changed = [*(setting.input for setting in settings), *(event for text in values for event in (text.submit, text.blur))]
+    typed = [event for text in values for event in (text.submit, text.blur)]
+    changed = [swept.fold.expand, *(setting.input for setting in settings), *typed]
     gr.on(changed, partial(look, services, names), trigger_mode="multiple", **told)
+    form_changed(partial(look, services, names), trigger_mode="always_last", **told)
     swept.add.click(partial(add, services, names), **told).then(None, None, None, js=queue_panel.CHANGED)
 
 
@@ -66,10 +71,10 @@ def read(asked: Sequence[str], config: RunConfig) -> tuple[dict[str, list[Any]],
 
 
 def plan_words(services: Services, config: RunConfig, configs: Sequence[RunConfig]) -> str:
-    """How many runs, how many steps, how long in all. A value that no run had yet counts with the pace of the form's own."""
+    """How many runs, how many steps, how long in all. A value that was not measured yet counts with the pace of the form's own."""
 
     def pace(one: RunConfig) -> float | None:
-        return planner.measured_pace(services, one) or planner.measured_pace(services, config)
+        return planner.pace(services, one)[0] or planner.pace(services, config)[0]
 
     for one in configs:
         services.check_start(one)
