@@ -41,6 +41,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def export_command(arguments: argparse.Namespace, workspace: Workspace) -> int:
     """Export, telling the way on the go. Ctrl-C leaves nothing."""
+    if arguments.public and not arguments.push:
+        raise UserError("--public is for --push: without it nothing is uploaded.")
     workspace.settle()
     run = last_with_adapter(workspace) if arguments.run == "last" else workspace.get(arguments.run)
     wish = exports.plan(

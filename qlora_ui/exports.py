@@ -152,6 +152,9 @@ def free_target(wish: str, run: Run) -> Path:
         raise UserError(f"{target} lies among the runs, which belong to the app. Choose a place outside {run.workspace.runs}.", field="to")
     if taken:
         raise UserError(f"{target} exists already, and nothing is overwritten. Choose another name, or remove it.", field="to")
+    above = next(place for place in target.parents if place.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is a file, so that nothing can lie in it. Choose another place.", field="to")
     if trouble := trouble_with_disk(existing_parent(target), then=AGAIN):
         raise UserError(trouble, field="to")
     return target
@@ -197,7 +200,7 @@ def bytes_in(folder: Path) -> int:
 def complete_or_absent(target: Path) -> Iterator[Path]:
     """A name in a folder beside the target to write to; it becomes the target in one rename at the end, or all of it is gone."""
     made = [folder for folder in target.parents if not folder.exists()]
-    aside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    aside = target.with_name(f".partial-{secrets.token_hex(4)}")  # without its name, which may be as long as a name can be
     with telling_trouble(existing_parent(target), AGAIN):
         try:
             aside.mkdir(parents=True)

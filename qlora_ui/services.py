@@ -104,8 +104,9 @@ class Services:
     """The runs that this process set going, and whether it did so in a process of their own."""
 
     def told(self, error: Exception) -> str:
-        """What it says, on a page. A public one names no folder of this machine."""
-        return FOLDERS.sub("", str(error)) if self.is_public else str(error)
+        """What it says, or its kind where it says nothing, on a page. A public one names no folder of this machine."""
+        said = str(error) or type(error).__name__
+        return FOLDERS.sub("", said) if self.is_public else said
 
     def check_data(self, config: RunConfig) -> None:
         """Raise UserError when the data cannot be read, none of it can be kept, or none of its tokens would be trained."""

@@ -80,7 +80,7 @@ class Turns:
                 elif isinstance(news.error, Exception):
                     raise news.error
                 else:  # it was meant for a thread or a process, and would end the reader's
-                    raise RuntimeError(f"{type(news.error).__name__}: {news.error}") from news.error
+                    raise RuntimeError(f"{type(news.error).__name__}: {news.error}".rstrip(": ")) from news.error
         finally:
             turn.stopped.set()
 

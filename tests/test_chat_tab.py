@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -129,6 +130,48 @@ def test_a_question_is_asked_once_however_often_it_is_pressed_and_one_to_another
     assert (last[0], last[-2:]) == ([turn("user", "Other")], chat_turns.READY)
     list(chat_turns.answer(page, wish, run.id, "Two", False, [turn("user", "Other")], [], *SETTINGS))
     assert chat.asked == [[["One"]], [["Other", "Two"]]]
+
+
+class BreaksOff(Says):
+    """A chat whose answer breaks off before its first word."""
+
+    def reply(self, sides: Sequence[Side], sampling: Sampling) -> Iterator[Answers]:
+        raise RuntimeError
+        yield
+
+
+@pytest.mark.parametrize("ends", ["error", "stop"])
+def test_a_retry_or_a_change_without_an_answer_leaves_what_was_there(run: Run, ends: str) -> None:
+    page = replace(services.build(run.workspace, services.WarmUp()), chat=BreaksOff() if ends == "error" else Says(""))
+    tuned = [turn("user", "One"), turn("assistant", "A"), turn("user", "Two"), turn("assistant", "B")]
+    base = [turn("user", "One"), turn("assistant", "C"), turn("user", "Two"), turn("assistant", "D")]
+    change = gr.EditData(None, {"index": 0, "value": "Changed", "previous_value": "One"})
+    for again in (
+        lambda wish: chat_turns.retry(page, wish, run.id, "", True, tuned, base, *SETTINGS),
+        lambda wish: chat_turns.ask_instead(page, change, wish, run.id, "", True, [turn("user", "Changed"), *tuned[1:]], base, *SETTINGS),
+    ):
+        wish, shown = chat_turns.Wish(), list[list[Any]]()
+        for shown_now in again(wish):
+            shown.append(shown_now)
+            wish.stop = ends == "stop"
+        assert shown[-1][:2] == [tuned, base]
+        assert ("The answer broke off: RuntimeError." in shown[-1][2]) is (ends == "error")
+    assert shown[-1][3] == "Changed"
+
+
+def test_the_last_word_of_an_answer_loses_nothing_though_it_comes_before_the_conversation_that_was_opened(run: Run) -> None:
+    page, wish = services.build(run.workspace, services.WarmUp()), chat_turns.Wish()
+    said = [turn("user", "One"), turn("assistant", "Half an ans")]
+    (*_, kept, new, _) = chat_tab.begin(page, run.id, wish, {}, "old", said, [])
+    assert wish.instead == ([], [])
+    for late in (
+        chat_tab.kept_now(run.id, wish, {}, "old", [], []),
+        chat_tab.begin(page, run.id, wish, {}, "old", [], []),  # a double click
+        chat_tab.choose(page, "old", wish, kept, "older", [], []),
+    ):
+        assert late == [gr.skip()] * len(late)
+    kept, *_ = chat_tab.kept_now(run.id, wish, kept, new, [turn("user", "Two")], [])
+    assert [conversation["tuned"] for conversation in kept["all"]] == [[turn("user", "Two")], said]
 
 
 def spoken(page: Page, column: str = "#chat-tuned") -> list[str]:

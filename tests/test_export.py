@@ -316,6 +316,7 @@ def test_what_cannot_be_exported_is_one_sentence(
     assert "exists already, and nothing is overwritten" in refused(run, to=full / "mine.txt")
     assert "lies among the runs" in refused(run, to=run.folder / "out")
     assert "cannot be written to" in refused(run, to="x" * 300)
+    assert "mine.txt is a file, so that nothing can lie in it" in refused(run, to=full / "mine.txt" / "out")
     assert "only an adapter that is not pushed can be one file" in refused(run, "merged", "out.zip")
     assert "only an adapter that is not pushed can be one file" in refused(run, "merged", "out.ZIP")
     assert "The place to export to is empty." in refused(run, to=" ")

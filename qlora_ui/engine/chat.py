@@ -152,7 +152,10 @@ class ChatModel:
         batch = self.tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(self.model.device)
         room = limit - batch["input_ids"].shape[1]
         if room < 1:
-            raise UserError("This conversation is longer than the model can read. Start a new one.")
+            raise UserError(
+                f"The last message alone is longer than the model can read ({limit:,} tokens, with the system prompt and an answer). "
+                "Shorten it."
+            )
         if self.model.config.is_encoder_decoder:
             room = limit - 1  # the answer is a line of its own
         notes = dict.fromkeys(self.words(speaker).note for speaker, _ in sides)

@@ -109,16 +109,25 @@ def describe(services: Services, speaker_id: str | None) -> str:
 
 def kept_now(speaker_id: str | None, wish: Wish, kept: Kept, current: str, tuned: list[Turn], base: list[Turn]) -> list[Any]:
     """What the browser keeps, the conversation on the page included, and the list of it."""
+    if is_superseded(wish, current):
+        return [gr.skip()] * 3
     with_whom = conversations.find(kept, current)["speaker"] or wish.speaker or speaker_id or ""
     kept = conversations.keep(kept, current, with_whom, tuned, base)
     current = gr.skip() if current else kept["open"]  # another may have been opened meanwhile
     return [kept, current, gr.update(choices=conversations.choices(kept), value=kept["open"])]
 
 
+def is_superseded(wish: Wish, current: str) -> bool:
+    """Whether another conversation was opened that the page does not show yet: the one on it has been kept, and may be a mixture now."""
+    return wish.conversation not in (NEW, current)
+
+
 def begin(
     services: Services, speaker_id: str | None, wish: Wish, kept: Kept, current: str, tuned: list[Turn], base: list[Turn]
 ) -> list[Any]:
     """A new conversation with that speaker; the one on the page is kept as far as it got."""
+    if is_superseded(wish, current):
+        return [gr.skip()] * 7
     kept, *_ = kept_now(speaker_id, wish, kept, current, tuned, base)
     return show(services, {**conversations.find(kept, NEW), "speaker": speaker_id}, wish, kept)
 
@@ -132,7 +141,9 @@ def begin_with(services: Services, speaker_id: str, *page: Any) -> list[Any]:
 
 
 def choose(services: Services, wanted: str, wish: Wish, kept: Kept, current: str, tuned: list[Turn], base: list[Turn]) -> list[Any]:
-    """Another conversation of the list, with whom it was; the one on the page is kept as far as it got."""
+    """Another conversation of the list, with whom it was; the one on the page is kept as far as it got. Gradio 6.31 tells it twice."""
+    if is_superseded(wish, current) or wanted == current:
+        return [gr.skip()] * 7
     kept, *_ = kept_now(None, wish, kept, current, tuned, base)
     return show(services, conversations.find(kept, wanted), wish, kept)
 
@@ -152,7 +163,7 @@ def show(services: Services, conversation: dict[str, Any], wish: Wish, kept: Kep
     who, note = choices(services, conversation["speaker"]), ""
     if conversation["tuned"] and who["value"] != conversation["speaker"]:
         note = markup.error(f"{conversation['speaker']}, with whom this conversation was, is not here any more.")
-    current = conversation["id"] or conversations.new_id()  # from its beginning, so that whoever keeps it twice keeps it once
+    wish.conversation = current = conversation["id"] or conversations.new_id()  # from its beginning: kept twice it is kept once
     return [who, conversation["tuned"], conversation["base"], note, kept, current, chosen]
 
 

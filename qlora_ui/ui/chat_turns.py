@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BUSY = [gr.update(interactive=False), gr.update(interactive=True)]  # of Send and Stop
 DRAWING_SECONDS = 0.1
 EMPTY = "(an empty answer)"
+SKIP = gr.skip()
 STILL_ENDING = "The answer before is still ending. Send again in a moment."
 READY = [gr.update(interactive=True), gr.update(interactive=False)]
 
@@ -32,13 +33,15 @@ READY = [gr.update(interactive=True), gr.update(interactive=False)]
 class Wish:
     """What one page's person wants of the answer being written; Gradio keeps one for each page.
 
-    `instead` is what the two columns show once it has ended, where another conversation was opened meanwhile.
+    `instead` is what the two columns show once it has ended, where another conversation was opened meanwhile. `conversation` is the
+    id of the one that the page was told last to show: a page that still names another has not heard of it, and may have some of each.
     """
 
     stop: bool = False
     is_answered: bool = True
     instead: tuple[list[Turn], list[Turn]] | None = None
     speaker: str = ""
+    conversation: str = ""
 
 
 def ask_to_stop(wish: Wish) -> None:
@@ -54,7 +57,7 @@ def answer(
     services: Services, wish: Wish, speaker_id: str | None, text: str, compare: bool, tuned: list[Turn], base: list[Turn], *settings: Any
 ) -> Iterator[list[Any]]:
     """Stream the answer, or both answers, of one turn. A page that goes away closes this generator and with it the answer."""
-    yield from respond(services, wish, speaker_id, text, compare, tuned, base, settings, ("", text))
+    yield from respond(services, wish, speaker_id, text, compare, tuned, base, settings, [tuned, base, text], typed="")
 
 
 def retry(
@@ -64,7 +67,8 @@ def retry(
     question, before = last_question(tuned)
     *others, seed = settings
     seed = int(seed or 0) + 1
-    for shown in respond(services, wish, speaker_id, question, compare, before, base[: len(before)], (*others, seed)):
+    as_it_was = [tuned, base, gr.skip()]
+    for shown in respond(services, wish, speaker_id, question, compare, before, base[: len(before)], (*others, seed), as_it_was):
         yield [*shown, seed]
 
 
@@ -81,7 +85,9 @@ def ask_instead(
 ) -> Iterator[list[Any]]:
     """A question was changed: what was said before it stays, and it is asked instead."""
     at = change.index if isinstance(change.index, int) else change.index[0]
-    return respond(services, wish, speaker_id, plain(change.value), compare, tuned[:at], base[:at], settings)
+    question, old = plain(change.value), plain(change.previous_value)
+    as_it_was = [[*tuned[:at], {**tuned[at], "content": old}, *tuned[at + 1 :]], base, gr.skip() if text.strip() else question]
+    return respond(services, wish, speaker_id, question, compare, tuned[:at], base[:at], settings, as_it_was)
 
 
 def undo(tuned: list[Turn], base: list[Turn]) -> list[Any]:
@@ -105,14 +111,15 @@ def respond(
     tuned: list[Turn],
     base: list[Turn],
     settings: Sequence[Any],
-    typed: tuple[Any, Any] | None = None,
+    as_it_was: list[Any],
+    typed: Any = SKIP,
 ) -> Iterator[list[Any]]:
     """The columns, the note, the text field and the buttons while a question is answered.
 
-    `settings` are the system prompt and those of the sampling, as they stand on the page. `typed` is what the text field holds
-    meanwhile and after a failure; without it the field is left alone.
+    `settings` are the system prompt and those of the sampling, as they stand on the page. `as_it_was` are both columns and the text
+    field where there is no answer: nothing that stood there is lost then. `typed` is what the text field holds meanwhile.
     """
-    during, after_failure = typed or (gr.skip(), gr.skip())
+    *before, typed_before = as_it_was
     if not wish.is_answered:  # pressed twice, or asked in a conversation that was opened while an answer was written in another
         said = markup.note(STILL_ENDING) if wish.stop else gr.skip()
         yield [gr.skip(), gr.skip(), said, gr.skip(), gr.skip(), gr.skip()]
@@ -122,13 +129,13 @@ def respond(
         base = tuned  # it joins late, and continues from the same conversation
     if not text.strip() or not speaker_id:
         why = "The message is empty. Write a question." if speaker_id else "There is nobody to talk to yet. Train a run first."
-        yield [gr.skip(), gr.skip(), markup.error(why), gr.skip(), *READY]
+        yield [*before, markup.error(why), gr.skip(), *READY]
         return
     question = {"role": "user", "content": text.strip()}
     histories = [[*history, question] for history in ([tuned, base] if compare else [tuned])]
     answers, last_words, wish.is_answered = None, [gr.skip()] * 4, False
     try:
-        yield [*columns(histories), markup.note("Getting the model ready…"), during, *BUSY]
+        yield [*columns(histories), markup.note("Getting the model ready…"), typed, *BUSY]
         system, *values = settings
         drawn = sampling(*values)
         for answers in now_and_then(services.chat.reply(sides(services, speaker_id, system, histories), drawn)):
@@ -137,15 +144,15 @@ def respond(
             if wish.stop:
                 break
         if answers and wish.stop and not answers.tokens:  # as if it had not been asked
-            last_words = [tuned, base, "", after_failure]
+            last_words = [*before, "", typed_before]
         elif answers and not all(answers.texts) and not wish.stop:  # an answer that ended at once has its turn too
             said = [[*h, {"role": "assistant", "content": words or EMPTY}] for h, words in zip(histories, answers.texts, strict=True)]
             last_words = [*columns(said), markup.note(figures(answers, drawn.seed)), gr.skip()]
     except UserError as error:
-        last_words = [tuned, base, markup.error(services.told(error)), after_failure]
+        last_words = [*before, markup.error(services.told(error)), typed_before]
     except Exception as error:  # noqa: BLE001 - shown in the answer's place; the next answer works
         why = f"The answer broke off: {services.told(error)}. Send again, or choose another."
-        last_words = [tuned, base, markup.error(why), after_failure]
+        last_words = [*before, markup.error(why), typed_before]
         traceback.print_exc()
     finally:
         wish.is_answered = True
