@@ -55,7 +55,8 @@ class Knob:
     def parse(self, value: Any) -> Any:
         """The value in the knob's type, from text, a form or YAML. Raises UserError when it has no such reading."""
         if isinstance(value, Mapping | Set | Sequence) and not isinstance(value, str):
-            raise UserError(f"{self.name} holds several values: write one.", field=self.name)
+            wanted = "one" if self.kind in (str, bool) else self.requirement()
+            raise UserError(f"{self.name} is several values: it must be {wanted}.", field=self.name)
         word = "" if value is None else str(value).strip()
         if self.kind is str:
             # YAML reads a bare `on` as true; and what is a choice today may have been yes or no in an older config.

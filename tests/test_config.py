@@ -94,7 +94,8 @@ def test_a_number_may_be_its_bounds_and_nothing_beyond(name: str) -> None:
 def test_what_is_no_number_is_refused_in_words(name: str, value: Any) -> None:
     said = refusal(name, value)
     assert said.startswith(f"{name} is ")
-    assert ("empty" if value in ("", None) else repr(value)) in said
+    shown = "empty" if value in ("", None) else "true" if value is True else "several values" if value in ([], {}) else repr(value)
+    assert f"is {shown}: " in said
     assert KNOBS[name].requirement() in said
 
 
