@@ -101,7 +101,7 @@ def what_is_trained(run: Run) -> tuple[str, str]:
     """Model and data, short; empty where the run's config is of a version that cannot be read."""
     try:
         config: RunConfig = run.config()
-    except (UserError, json.JSONDecodeError):
+    except UserError:
         return "", ""
     return config.model.model.rpartition("/")[2], sources.shown(config.data.data)
 

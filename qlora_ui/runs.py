@@ -199,7 +199,12 @@ class Run:
         return self.config_path.is_file() and self.events_path.is_file()
 
     def config(self) -> RunConfig:
-        return RunConfig.from_dict(json.loads(self.config_path.read_text("utf-8")))
+        """Its settings. Raises UserError for those of another version of the app, and for a damaged file."""
+        try:
+            written = self.facts()
+        except ValueError as error:  # no JSON, or no text at all
+            raise UserError(f"{self.config_path} is damaged ({error}). Start the run anew.") from error
+        return RunConfig.from_dict(written)
 
     def note(self, **facts: Any) -> None:
         """Add what was only learned later (model revision, data fingerprint) to the written config."""

@@ -85,6 +85,20 @@ def test_only_settings_that_differ_stand_side_by_side_and_all_text_is_escaped(wo
     assert "No loss yet" in picture([Shown(title="new", progress=Progress("new"), settings={})])
 
 
+def test_a_run_whose_settings_cannot_be_read_still_shows_its_curve_and_can_be_deleted(workspace: Workspace, rows: Path) -> None:
+    made, run, other = services.build(workspace, services.WarmUp()), past_run(workspace, rows), past_run(workspace, rows)
+    run.config_path.write_text('{"version":', "utf-8")
+    actions, _, _, _, words, chosen, _ = runs_tab.show(made, [run.id])
+    assert actions["visible"]
+    assert chosen == run.id
+    assert "config.json is damaged" in words
+    assert "<polyline" in words
+    assert "config.json is damaged" in runs_tab.show(made, [run.id, other.id])[4]
+    assert "config.json is damaged" in runs_tab.take_script(made, run.id)[0]
+    runs_tab.discard(made, run.id)
+    assert not run.folder.exists()
+
+
 @pytest.mark.parametrize("values", [range(3), range(40), range(401)])
 def test_a_spark_line_has_at_most_forty_points(values: range) -> None:
     line = spark([(step, float(step)) for step in values])

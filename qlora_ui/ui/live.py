@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from functools import partial
@@ -113,7 +112,7 @@ def max_grad_norm(run: Run) -> float | None:
     """The run's own; None where its config is of a version that cannot be read."""
     try:
         return run.config().optimization.max_grad_norm
-    except (UserError, json.JSONDecodeError):
+    except UserError:
         return None
 
 

@@ -111,6 +111,9 @@ def show(services: Services, chosen: list[str]) -> list[Any]:
         words = markup.error(f"{len(runs)} runs are chosen. Choose {MOST_RUNS} or fewer to compare them.")
         return [hidden, "", "", gr.skip(), words, "", hidden]
     try:
+        troubles = [trouble(run) for run in runs]
+        if len(runs) > 1 and any(troubles):
+            raise UserError(next(filter(None, troubles)))
         seen = [shown(services, run) for run in runs]
         titles = [look.title for look in seen]
         seen = [replace(look, title=run.id) if titles.count(look.title) > 1 else look for look, run in zip(seen, runs, strict=True)]
@@ -123,11 +126,29 @@ def show(services: Services, chosen: list[str]) -> list[Any]:
         return [hidden, "", "", gr.skip(), beside, "", hidden]
     run, label = runs[0], labels.load(runs[0])
     talks = gr.update(interactive=run.adapter.is_dir())
-    return [gr.update(visible=True), label.title or run.name, label.notes, talks, report(seen[0]), run.id, hidden]
+    return [
+        gr.update(visible=True),
+        label.title or run.name,
+        label.notes,
+        talks,
+        markup.error(troubles[0]) + report(seen[0]),
+        run.id,
+        hidden,
+    ]
 
 
 def shown(services: Services, run: Run) -> Shown:
-    return Shown(title=labels.title(run), progress=services.watch.progress(run), settings=run.config().values())
+    settings = {} if trouble(run) else run.config().values()
+    return Shown(title=labels.title(run), progress=services.watch.progress(run), settings=settings)
+
+
+def trouble(run: Run) -> str:
+    """Why its settings cannot be read. Its curve and log are there all the same, and it can be deleted."""
+    try:
+        run.config()
+    except UserError as error:
+        return f"{labels.title(run)}: {error}"
+    return ""
 
 
 def on(services: Services, run_id: str, work: Callable[[Run], None]) -> str:
