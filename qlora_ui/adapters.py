@@ -40,6 +40,9 @@ def named(wish: str, workspace: Workspace, emit: Callable[[Event], None], should
         return from_zip(path, workspace, base)
     with contextlib.suppress(UserError):
         return speakers.of_adapter(workspace, _name_of(wish))
+    if path.exists() or path.is_absolute() or path.suffix == ".zip":
+        inside = f": choose {path / 'adapter'}" if (path / "adapter" / CONFIG).is_file() else ""
+        raise UserError(f"{path} is no adapter's folder with {CONFIG}, and no zip of one{inside}.", field="adapter")
     return from_hub(wish, workspace, emit, should_stop, base)
 
 

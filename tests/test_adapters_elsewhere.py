@@ -160,3 +160,12 @@ def test_an_adapter_of_the_hub_is_fetched_by_its_name_and_revision(
     with pytest.raises(UserError, match="o/other could not be fetched: the Hugging Face Hub cannot be reached"):
         adapters.from_hub("o/other", workspace, lambda event: None, lambda: False)
     assert len(speakers.all_of(workspace)) == 2
+
+
+def test_a_path_where_no_adapter_is_is_told_and_not_looked_for_on_the_hub(workspace: Workspace, tmp_path: Path) -> None:
+    exported = tmp_path / "exported" / "adapter"
+    exported.mkdir(parents=True)
+    (exported / "adapter_config.json").write_text("{}")
+    for wish, said in ((tmp_path / "nope.zip", "no zip of one."), (exported.parent, f"no zip of one: choose {exported}.")):
+        with pytest.raises(UserError, match=said):
+            adapters.named(str(wish), workspace, lambda event: None, lambda: False)

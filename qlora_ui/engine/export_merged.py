@@ -28,6 +28,7 @@ Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
 
 SHARD = "4GB"
+LOST = "Quantized again, it is no closer to what was trained than the base without its adapter. Take the adapter, or merge it in 16 bits."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +50,10 @@ def write_merged(wish: Export, found: Found, place: Path, emit: Emit, should_sto
             said = _quantize(wish, found, place, merged)
             give_memory_back()
             emit(Log(text="Verifying it, loaded with plain transformers"))
-            return said.compare(_load(place, found, merged.stored))
+            verified = said.compare(_load(place, found, merged.stored))
+            if verified.divergence >= verified.divergence_without_adapter:
+                emit(Log(text=LOST, level="warning"))
+            return verified
         emit(Log(text="Verifying it, loaded with plain transformers"))
         return merged.said.compare(_load(place, found, merged.compute), rounded_to=merged.stored)
 
