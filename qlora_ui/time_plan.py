@@ -63,11 +63,12 @@ class TimePlan:
         """`45 steps of 4 rows (4 × 1), 1.25 passes over 144 rows, about 40,000 tokens; 9 rows held out.`"""
         batch = f"{self.micro_batch_size * self.accumulation} rows ({self.micro_batch_size} × {self.accumulation})"
         passes = f"{self.passes:.3g}" if self.passes < 1000 else f"{self.passes:,.0f}"
+        passes += " pass" if passes == "1" else " passes"
         tokens = "" if self.tokens_a_pass is None else f", about {rounded(self.passes * self.tokens_a_pass):,} tokens"
         time = ""
         if self.seconds_a_step is not None:
             time = f" About {duration(self.steps * self.seconds_a_step)}, at the {self.seconds_a_step:.2g} s a step {self.whose}."
-        return f"{self.steps:,} steps of {batch}, {passes} passes over {self.rows:,} rows{tokens}; {self.held_out:,} rows held out.{time}"
+        return f"{self.steps:,} steps of {batch}, {passes} over {self.rows:,} rows{tokens}; {self.held_out:,} rows held out.{time}"
 
     def warning(self) -> str:
         """A sentence when the rows are seen more than a few times, else nothing."""

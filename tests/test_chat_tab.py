@@ -24,7 +24,7 @@ from qlora_ui.engine.decoding import Answers, Sampling
 from qlora_ui.errors import UserError
 from qlora_ui.runs import Run, Workspace
 from qlora_ui.talking import Side
-from qlora_ui.ui import chat_tab, chat_turns
+from qlora_ui.ui import chat_tab, chat_turns, conversations
 
 MINUTE = 60_000
 KEPT = "localStorage.getItem('qlora-ui-chat')"
@@ -172,6 +172,15 @@ def test_the_last_word_of_an_answer_loses_nothing_though_it_comes_before_the_con
         assert late == [gr.skip()] * len(late)
     kept, *_ = chat_tab.kept_now(run.id, wish, kept, new, [turn("user", "Two")], [])
     assert [conversation["tuned"] for conversation in kept["all"]] == [[turn("user", "Two")], said]
+
+
+def test_to_leave_the_list_without_choosing_ends_no_answer(run: Run) -> None:
+    page, wish = services.build(run.workspace, services.WarmUp()), chat_turns.Wish(is_answered=False)
+    said = [turn("user", "One")]
+    kept = conversations.keep({}, "open", run.id, said, [])
+    for wanted, current, there in ((conversations.NEW, "new", {}), ("open", "open", kept)):
+        assert chat_tab.choose(page, wanted, wish, there, current, said, []) == [gr.skip()] * 7
+        assert not wish.stop
 
 
 def spoken(page: Page, column: str = "#chat-tuned") -> list[str]:

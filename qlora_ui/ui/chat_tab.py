@@ -141,8 +141,11 @@ def begin_with(services: Services, speaker_id: str, *page: Any) -> list[Any]:
 
 
 def choose(services: Services, wanted: str, wish: Wish, kept: Kept, current: str, tuned: list[Turn], base: list[Turn]) -> list[Any]:
-    """Another conversation of the list, with whom it was; the one on the page is kept as far as it got. Gradio 6.31 tells it twice."""
-    if is_superseded(wish, current) or wanted == current:
+    """Another conversation of the list, with whom it was; the one on the page is kept as far as it got.
+
+    Gradio 6.31 tells of one choice twice, and of the one that is open when a person leaves the list without choosing.
+    """
+    if is_superseded(wish, current) or wanted == conversations.find(kept, current)["id"]:
         return [gr.skip()] * 7
     kept, *_ = kept_now(None, wish, kept, current, tuned, base)
     return show(services, conversations.find(kept, wanted), wish, kept)
