@@ -50,9 +50,8 @@ def folder_of(workspace: Workspace) -> Path:
 
 def free_name(workspace: Workspace, name: str) -> Path:
     """A place for an export of that name, which gets a number where there is one already."""
-    folder, wish = folder_of(workspace), Path(name)
-    numbers = range(2, 10_000)
-    names = [name, *(f"{wish.stem}-{number}{wish.suffix}" for number in numbers)]
+    folder, zipped = folder_of(workspace), ".zip" if name.endswith(".zip") else ""
+    names = [name, *(f"{name.removesuffix('.zip')}-{number}{zipped}" for number in range(2, 10_000))]
     return next(folder / one for one in names if not (folder / one).exists())
 
 

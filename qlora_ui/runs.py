@@ -28,7 +28,7 @@ DISCARDED = ".discarded-"
 TAIL_BYTES = 65536
 RESERVE_BYTES = 65536
 STAMP = "%Y%m%d-%H%M%S"
-RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]{1,51}")
+RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9.-]{1,51}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Workspace:
     def create(
         self, config: RunConfig, name: str, versions: Mapping[str, str], facts: Mapping[str, Any] | None = None
     ) -> tuple[Run, FileLock]:
-        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9-]; `facts` say where the run comes from.
+        """Make the folder of a new run and write its config. `name` is a slug of [a-z0-9.-]; `facts` say where the run comes from.
 
         The run's lock is held on return, and was before the config made the folder a run: nobody can find it orphaned.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_ui.config import RunConfig, find_knob
@@ -16,6 +16,7 @@ from qlora_ui.queueing import Entry
 from qlora_ui.time_plan import TimePlan, time_plan
 
 MOST_SETTINGS = 2
+MOST_NAME = 48
 MOST_RUNS = 32  # what somebody still looks at; more is a search, for which there are other tools
 
 
@@ -53,12 +54,15 @@ def combinations(config: RunConfig, over: Mapping[str, Sequence[Any]]) -> dict[s
 def entries(configs: Mapping[str, RunConfig], over: Mapping[str, Sequence[Any]], isolated: bool) -> list[Entry]:
     """They as they wait in the queue, all of one sweep, whose name says when it was made and over what."""
     sweep = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' × '.join(over)}"
-    return [Entry(config=config, name=slug(name), isolated=isolated, sweep=sweep) for name, config in configs.items()]
+    return [Entry(config=config, name=slug(name, over), isolated=isolated, sweep=sweep) for name, config in configs.items()]
 
 
-def slug(name: str) -> str:
-    """What a run of that name is called on disk: `learning-rate-1e-4-lora-r-8`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower())[:48].strip("-")
+def slug(name: str, over: Iterable[str]) -> str:
+    """What a run of that name is called on disk: `learning-rate-1e-4-lora-r-8`, with the settings' initials where that is too long."""
+    if len(name) > MOST_NAME:
+        for setting in over:
+            name = name.replace(setting, "".join(word[0] for word in setting.split("_")))
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())[:MOST_NAME].strip("-.")
 
 
 def shown(value: Any) -> str:

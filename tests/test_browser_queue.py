@@ -64,14 +64,14 @@ def test_queued_runs_train_in_their_order_without_a_click_and_a_sweep_opens_in_o
         go(page, "Runs")
         waiting = page.locator("#queue ol li")
         expect(waiting).to_have_count(4)
-        page.get_by_role("button", name="Move learning-rate-0-01 up", exact=True).click()
-        expect(waiting.nth(1)).to_contain_text("learning-rate-0-01")
+        page.get_by_role("button", name="Move learning-rate-0.01 up", exact=True).click()
+        expect(waiting.nth(1)).to_contain_text("learning-rate-0.01")
         waiting.nth(2).get_by_role("button", name=re.compile("^Remove")).click()
         expect(waiting).to_have_count(4)
         waiting.nth(2).get_by_role("button", name=re.compile("^Remove")).click()
         expect(waiting).to_have_count(3)
         app.kill()  # nothing is lost, and nothing starts by itself
-    assert [entry.name for entry in Queue.of(tiny_workspace).entries()] == ["", "learning-rate-0-01", "learning-rate-0-02"]
+    assert [entry.name for entry in Queue.of(tiny_workspace).entries()] == ["", "learning-rate-0.01", "learning-rate-0.02"]
 
     with served(tiny_workspace.root) as app:
         page = open_page(browser, app.url)
@@ -98,4 +98,4 @@ def test_queued_runs_train_in_their_order_without_a_click_and_a_sweep_opens_in_o
         assert page.faults == []  # type: ignore[attr-defined]
     _, *trained = reversed(tiny_workspace.all())
     assert [(run.config().adapter.lora_r, run.config().optimization.learning_rate) for run in trained] == [(2, 0.01), (3, 0.01), (3, 0.02)]
-    assert [run.name for run in trained] == ["rows-starter", "learning-rate-0-01", "learning-rate-0-02"]
+    assert [run.name for run in trained] == ["rows-starter", "learning-rate-0.01", "learning-rate-0.02"]

@@ -39,7 +39,10 @@ def test_each_combination_is_a_config_named_by_its_values() -> None:
     entries = sweeping.entries(made, over, isolated=True)
     assert [entry.name for entry in entries][:2] == ["learning-rate-1e-4-lora-r-8", "learning-rate-1e-4-lora-r-16"]
     assert len({entry.sweep for entry in entries}) == 1
+    assert entries[2].name == "learning-rate-0.05-lora-r-8"
     assert entries[0].sweep.endswith("learning_rate × lora_r")
+    long = ["early_stopping_patience", "gradient_accumulation_steps"]
+    assert sweeping.slug(f"{long[0]} 12, {long[1]} 16", long) == "esp-12-gas-16"  # the values stay
     assert sweeping.read_values("target_modules", "all-linear; q_proj,v_proj") == ["all-linear", "q_proj,v_proj"]
     assert sweeping.read_values("packing", "on, off") == ["on", "off"]
 

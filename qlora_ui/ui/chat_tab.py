@@ -56,7 +56,7 @@ def build(services: Services, kept: gr.BrowserState) -> ChatTab:
             conversations.choices({}), value=NEW, label="Conversation", info=kept_where, elem_id="chat-kept", scale=3, min_width=200
         )
         delete = gr.Button("Delete", size="sm", elem_id="chat-delete", scale=0, min_width=80)
-        compare = gr.Checkbox(label="Compare with base", elem_id="compare-switch", scale=1, min_width=170)
+        compare = gr.Checkbox(label="Compare with base", elem_id="compare-switch", scale=1, min_width=190)
     about = gr.HTML(elem_id="chat-about")
     panel = chat_panel.build("Tuned")
     with gr.Row(elem_id="chat-files"):

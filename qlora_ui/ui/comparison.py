@@ -142,14 +142,14 @@ def dots(at: int, scale: Scale, held_out: Sequence[Point]) -> str:
 
 def axes(scale: Scale) -> Iterator[str]:
     """Faint lines and their numbers."""
-    for loss in ticks(scale.low, scale.high):
+    for loss in ticks(scale.low, scale.high, most=7):
         yield f'<i class="loss" style="top:{scale.y(loss):.2f}%"><b>{loss:g}</b></i>'
     for step in filter(float.is_integer, ticks(0, scale.last_step)):
         yield f'<i class="step" style="left:{scale.x(step):.2f}%"><b>{step:,.0f}</b></i>'
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """About five multiples of 1, 2 or 5 times a power of ten within the range."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    distance = next(n * power for n in (1, 2, 5, 10) if n * power >= (high - low) / 5)
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten within the range, about `most` or fewer."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    distance = next(n * power for n in (1, 2, 5, 10) if n * power >= (high - low) / most)
     return [round(n * distance, 10) for n in range(math.ceil(low / distance), math.floor(high / distance) + 1)]

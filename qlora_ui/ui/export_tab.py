@@ -216,7 +216,7 @@ def look_at(services: Services, name: str | None) -> list[Any]:
     record = exported.past(services.workspace).get(name or "")
     if not name or record is None:
         off = gr.update(interactive=False)
-        return [markup.note("Nothing yet."), off, off, export_markup.gguf(""), HIDDEN, ""]
+        return [markup.note("No export lies in the workspace yet."), off, off, export_markup.gguf(""), HIDDEN, ""]
     small = record.bytes <= exported.MOST_DOWNLOAD_BYTES
     convertible = record.kind == "merged" and not record.quantized
     folder = str(exported.place_of(services.workspace, name)) if convertible else ""

@@ -36,6 +36,9 @@ element.addEventListener('click', event => {
 });
 watch('value', () => { for (const details of element.querySelectorAll('details')) details.open = open; });
 """
+# While it is counted anew, the figures on the page are of the settings before.
+COUNTING = "(...values) => { document.querySelector('#start-box')?.setAttribute('aria-busy', 'true'); return values; }"
+COUNTED = "() => document.querySelector('#start-box')?.removeAttribute('aria-busy')"
 FOLLOW_SECONDS = 0.5
 
 
@@ -89,7 +92,7 @@ def wire(
     """Plan again at every `changed` event. Only the button asks anybody outside this machine. `then` is told of what was measured."""
     plan: dict[str, Any] = {"inputs": [planner.card, *values], "outputs": planner.shown, **quiet}
     fn = partial(look, services, names, False)
-    changed(fn, **plan, queue=False, trigger_mode="always_last")
+    changed(fn, **plan, js=COUNTING, queue=False, trigger_mode="always_last").then(None, None, None, js=COUNTED)
     planner.ask_hub.click(partial(look, services, names, True), **plan)
     told: dict[str, Any] = {"outputs": planner.measuring, "concurrency_limit": 8, **quiet}
     measured = planner.measure.click(measure_step(services, names), values, **told)

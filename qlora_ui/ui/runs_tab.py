@@ -69,8 +69,8 @@ def build(services: Services, quiet: dict[str, Any]) -> RunsTab:
         elem_id="runs-table",
     )
     with gr.Row(visible=False, elem_id="run-actions") as actions:
-        title = gr.Textbox(label="Name", max_length=labels.MOST_TITLE, elem_id="run-title", scale=2)
-        notes = gr.Textbox(label="Notes", lines=1, max_lines=6, max_length=labels.MOST_NOTES, elem_id="run-notes", scale=4)
+        title = gr.Textbox(label="Name", max_length=labels.MOST_TITLE, elem_id="run-title")
+        notes = gr.Textbox(label="Notes", lines=1, max_lines=6, max_length=labels.MOST_NOTES, elem_id="run-notes")
         small: dict[str, Any] = {"size": "sm", "scale": 0, "min_width": 120}
         settings = gr.Button("Use its settings", elem_id="run-clone", **small)
         chat = gr.Button("Chat with this run", elem_id="run-chat", **small)

@@ -86,10 +86,10 @@ def build(services: Services, curves: Callable[..., dict[str, Any]]) -> TrainTab
                 with gr.Row(equal_height=True, elem_id="start-row"):
                     start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-button", scale=3)
                     line_up = queue_panel.add_button()
-                with gr.Row(elem_id="resume-with"):
-                    resume_with = gr.Button("Resume with these settings", visible=False, size="sm", elem_id="resume-with-button")
-                    use_settings = gr.Button("Use this run's settings", visible=False, size="sm", elem_id="use-run-settings")
-                differences = gr.HTML(elem_id="resume-differences")
+            with gr.Row(elem_id="resume-with"):
+                resume_with = gr.Button("Resume with these settings", visible=False, size="sm", elem_id="resume-with-button")
+                use_settings = gr.Button("Use this run's settings", visible=False, size="sm", elem_id="use-run-settings")
+            differences = gr.HTML(elem_id="resume-differences")
             swept = sweep.build()
         with gr.Column(scale=3, min_width=340, elem_id="train-panel"):
             tiles = gr.HTML(markup.tiles(None), js_on_load=live.SHOW_NEWS, elem_id="tiles")
