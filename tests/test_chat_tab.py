@@ -179,8 +179,22 @@ def test_to_leave_the_list_without_choosing_ends_no_answer(run: Run) -> None:
     said = [turn("user", "One")]
     kept = conversations.keep({}, "open", run.id, said, [])
     for wanted, current, there in ((conversations.NEW, "new", {}), ("open", "open", kept)):
-        assert chat_tab.choose(page, wanted, wish, there, current, said, []) == [gr.skip()] * 7
+        assert chat_tab.choose(page, wanted, wish, there, current, said, []) == chat_tab.UNCHANGED
         assert not wish.stop
+
+
+def test_a_question_whose_page_was_left_before_its_answer_is_there_again_to_be_sent(run: Run) -> None:
+    page, wish = services.build(run.workspace, services.WarmUp()), chat_turns.Wish()
+    said = [turn("user", "One"), turn("assistant", "A")]
+    kept, current, _ = chat_tab.kept_asking(" Two ", run.id, wish, {}, "", said, [])
+    assert current == kept["open"]
+    assert chat_tab.open_speaker(kept) == run.id
+    who, tuned, _, note, text, *_ = chat_tab.restored(page, kept)
+    assert (who["value"], tuned, text) == (run.id, said, "Two")
+    assert chat_tab.LEFT in note
+    wish.is_answered = False
+    assert chat_tab.kept_asking("Two", run.id, wish, kept, current, said, []) == [gr.skip()] * 3  # pressed twice
+    assert chat_tab.kept_asking(" ", run.id, chat_turns.Wish(), kept, current, said, []) == [gr.skip()] * 3
 
 
 def spoken(page: Page, column: str = "#chat-tuned") -> list[str]:

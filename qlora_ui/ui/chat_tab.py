@@ -19,6 +19,9 @@ from qlora_ui.ui.chat_panel import QUIET, Panel
 from qlora_ui.ui.chat_turns import Wish
 from qlora_ui.ui.conversations import NEW, Kept, Turn
 
+LEFT = "The page was left before this question was answered. Send it again, or change it."
+UNCHANGED = [gr.skip()] * 8
+"""Of what shows a conversation."""
 PRESS = "() => setTimeout(() => document.querySelector('#chat-file').click(), 100)"
 
 
@@ -44,7 +47,8 @@ class ChatTab:
     @property
     def opened(self) -> list[Any]:
         """What shows a conversation: their outputs."""
-        return [self.speaker, self.panel.tuned, self.panel.base, self.panel.note, self.kept, self.current, self.conversation]
+        panel = self.panel
+        return [self.speaker, panel.tuned, panel.base, panel.note, panel.text, self.kept, self.current, self.conversation]
 
 
 def build(services: Services, kept: gr.BrowserState) -> ChatTab:
@@ -68,6 +72,8 @@ def build(services: Services, kept: gr.BrowserState) -> ChatTab:
     tab = ChatTab(speaker=speaker, conversation=conversation, current=current, kept=kept, panel=panel)
 
     keep: dict[str, Any] = {"fn": kept_now, "inputs": [speaker, *tab.open], "outputs": [kept, tab.current, conversation], "queue": False}
+    asked = {**keep, "fn": kept_asking, "inputs": [panel.text, speaker, *tab.open]}
+    gr.on([panel.send.click, panel.text.submit], **asked, trigger_mode="multiple", **QUIET)  # Gradio waits for it before the answer begins
     chat_panel.wire(services, panel, speaker, compare, then=lambda ended: ended.then(**keep, trigger_mode="always_last", **QUIET))
     new: dict[str, Any] = {"inputs": [speaker, *tab.open], "outputs": tab.opened, "queue": False, "trigger_mode": "multiple", **QUIET}
     gr.on([panel.clear.click, speaker.input], partial(begin, services), **new)
@@ -117,6 +123,14 @@ def kept_now(speaker_id: str | None, wish: Wish, kept: Kept, current: str, tuned
     return [kept, current, gr.update(choices=conversations.choices(kept), value=kept["open"])]
 
 
+def kept_asking(text: str, speaker_id: str | None, wish: Wish, kept: Kept, current: str, tuned: list[Turn], base: list[Turn]) -> list[Any]:
+    """As `kept_now`, with the question that is being asked, so that whoever leaves the page before its answer finds it again."""
+    if not text.strip() or not speaker_id or not wish.is_answered:
+        return [gr.skip()] * 3
+    wish.speaker = speaker_id
+    return kept_now(speaker_id, wish, kept, current, [*tuned, {"role": "user", "content": text.strip()}], base)
+
+
 def is_superseded(wish: Wish, current: str) -> bool:
     """Whether another conversation was opened that the page does not show yet: the one on it has been kept, and may be a mixture now."""
     return wish.conversation not in (NEW, current)
@@ -127,7 +141,7 @@ def begin(
 ) -> list[Any]:
     """A new conversation with that speaker; the one on the page is kept as far as it got."""
     if is_superseded(wish, current):
-        return [gr.skip()] * 7
+        return UNCHANGED
     kept, *_ = kept_now(speaker_id, wish, kept, current, tuned, base)
     return show(services, {**conversations.find(kept, NEW), "speaker": speaker_id}, wish, kept)
 
@@ -136,7 +150,7 @@ def begin_with(services: Services, speaker_id: str, *page: Any) -> list[Any]:
     """As `begin`, unless the conversation on the page is with that speaker already."""
     _, kept, current, *_ = page
     if conversations.find(kept, current)["speaker"] == speaker_id:
-        return [gr.skip()] * 7
+        return UNCHANGED
     return begin(services, speaker_id, *page)
 
 
@@ -146,7 +160,7 @@ def choose(services: Services, wanted: str, wish: Wish, kept: Kept, current: str
     Gradio 6.31 tells of one choice twice, and of the one that is open when a person leaves the list without choosing.
     """
     if is_superseded(wish, current) or wanted == conversations.find(kept, current)["id"]:
-        return [gr.skip()] * 7
+        return UNCHANGED
     kept, *_ = kept_now(None, wish, kept, current, tuned, base)
     return show(services, conversations.find(kept, wanted), wish, kept)
 
@@ -159,15 +173,17 @@ def forget(
 
 
 def show(services: Services, conversation: dict[str, Any], wish: Wish, kept: Kept) -> list[Any]:
-    """A conversation in place of the one on the page, whose answer ends."""
-    chat_turns.show_instead(wish, conversation["tuned"], conversation["base"])
+    """A conversation in place of the one on the page, whose answer ends. A question without an answer can be sent again."""
+    tuned, question = conversations.unanswered(conversation["tuned"])
+    base, _ = conversations.unanswered(conversation["base"])
+    chat_turns.show_instead(wish, tuned, base)
     kept = {**kept, "open": conversation["id"]}
     chosen = gr.update(choices=conversations.choices(kept), value=conversation["id"])
-    who, note = choices(services, conversation["speaker"]), ""
+    who, note = choices(services, conversation["speaker"]), markup.note(LEFT) if question else ""
     if conversation["tuned"] and who["value"] != conversation["speaker"]:
         note = markup.error(f"{conversation['speaker']}, with whom this conversation was, is not here any more.")
     wish.conversation = current = conversation["id"] or conversations.new_id()  # from its beginning: kept twice it is kept once
-    return [who, conversation["tuned"], conversation["base"], note, kept, current, chosen]
+    return [who, tuned, base, note, question or gr.skip(), kept, current, chosen]
 
 
 def open_speaker(kept: Kept | None) -> str:

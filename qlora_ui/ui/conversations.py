@@ -52,6 +52,11 @@ def find(kept: Kept, wanted: str) -> dict[str, Any]:
     return next((conversation for conversation in _all(kept) if conversation["id"] == wanted), empty)
 
 
+def unanswered(turns: list[Turn]) -> tuple[list[Turn], str]:
+    """The turns up to the last answer, and the question after it, if there is one."""
+    return (turns[:-1], plain(turns[-1]["content"])) if turns and turns[-1]["role"] == "user" else (turns, "")
+
+
 def choices(kept: Kept) -> list[tuple[str, str]]:
     """Title and id of each, and of a new one."""
     return [("New conversation", NEW), *((title(conversation), conversation["id"]) for conversation in _all(kept))]
