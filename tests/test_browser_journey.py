@@ -58,6 +58,7 @@ def test_a_person_trains_chats_compares_votes_and_takes_the_adapter_away(browser
         answered(page, seed=1)
 
         go(page, "Arena")
+        expect(page.locator("#arena-contestants .token")).to_have_count(2)
         for number in range(1, 4):
             page.locator("#arena-input textarea").fill(f"Question {number}: which word is {number}?")
             page.locator("#arena-input textarea").press("Enter")
