@@ -212,6 +212,8 @@ def kept(folder: Path, layers: int, config: RunConfig, name: str, tokens: int) -
         ("llama", "float32", 0.0),
         ("qwen3", "float32", 0.1),
         ("olmo2", "float32", 0.1),
+        ("granite", "float32", 0.1),
+        ("exaone4", "float32", 0.1),
         ("phi3", "float32", 0.1),
         ("gpt-neox", "float32", 0.1),
     ],
