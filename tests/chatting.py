@@ -64,7 +64,8 @@ class Person:
 
     async def ask(self, given: dict[str, Any], patience: float | None = None, leaves: bool = False) -> Heard:
         """Send, and hear the answer to its end. When the patience, in seconds, is over: press Stop, or be gone."""
-        send = next(one for one in self._dependencies if ("chat-send", "click") in self._targets(one))
+        # Of what a press on Send begins, the answer is what goes through Gradio's queue.
+        send = next(one for one in self._dependencies if ("chat-send", "click") in self._targets(one) and one["queue"])
         turns = given.get("chat-tuned", [])
         self.heard = heard = Heard(given=given, turns=turns, sent=time.perf_counter())
         await self._send(send, given)
