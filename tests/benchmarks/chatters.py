@@ -25,6 +25,7 @@ from serving import served
 
 from qlora_ui.data.formats import Message
 from qlora_ui.runs import Run, Workspace
+from qlora_ui.ui.chat_turns import EMPTY, words
 
 PEOPLE, TOKENS = 20, 32
 
@@ -43,7 +44,7 @@ def alone(run: Run) -> Any:
 
     def ask(one: Heard) -> list[str]:
         model.prefixes.forget()
-        before = [Message(role=turn["role"], content="".join(part["text"] for part in turn["content"])) for turn in one.given["chat-tuned"]]
+        before = [Message(role=turn["role"], content=words(turn)) for turn in one.given["chat-tuned"]]  # an empty answer is nothing
         conversation = [*before, Message(role="user", content=one.given["chat-input"])]
         who = [speaker, speaker.base] if one.given["compare-switch"] else [speaker]
         sampling = Sampling(temperature=1.0, max_new_tokens=one.given["Max new tokens"], seed=one.given["Seed"])
@@ -60,7 +61,7 @@ def mixed(run: Run, heard: list[Heard]) -> list[tuple[Heard, list[str]]]:
     return [
         (one, said)
         for one, said in asked
-        if not all(squeezed(full).startswith(squeezed(part)) for part, full in zip(one.texts, said, strict=False))
+        if not all(squeezed(full or EMPTY).startswith(squeezed(part)) for part, full in zip(one.texts, said, strict=False))
     ]
 
 
