@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from qlora_ui.errors import UserError
-from qlora_ui.memory.shapes import ModelShape, read_shape
 from qlora_ui.stopping import Cancelled, abandonable
 
 SHIPPED = Path(__file__).with_name("model_configs.yaml")
@@ -20,16 +19,6 @@ HUB_SECONDS = 4.0  # for a few hundred bytes
 
 class NotHere(UserError):
     """The model's shape is not on this machine; the Hub may have it."""
-
-
-def find_shape(model: str, revision: str, models: Path) -> ModelShape:
-    """The shape of a model by its id or folder. Raises UserError when it is nowhere to be had, or not understood."""
-    return read_shape(find_config(model, revision, models), model)
-
-
-def find_shape_within(model: str, revision: str, models: Path) -> ModelShape:
-    """For a page: no folder outside the workspace is looked at, and nobody is asked. Raises NotHere where the Hub would have to be."""
-    return read_shape(find_config(model, revision, models, within=models.parent, ask_hub=False), model)
 
 
 def find_config(model: str, revision: str, models: Path, *, within: Path | None = None, ask_hub: bool = True) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import Forecast, forecast
 from qlora_ui.memory.measured import Measured, plan_by
 from qlora_ui.memory.shapes import ModelShape
-from qlora_ui.model_configs import find_shape
+from qlora_ui.model_shapes import find_shape
 from qlora_ui.probing import measure_here
 from qlora_ui.progress import Progress, duration
 from qlora_ui.runs import Workspace

@@ -11,7 +11,7 @@ from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
 from qlora_ui.events import Finished, Log, Resumed
 from qlora_ui.memory.advice import advice_after_lack
-from qlora_ui.model_configs import find_shape
+from qlora_ui.model_shapes import find_shape
 from qlora_ui.runs import Run
 from qlora_ui.stopping import Diverged
 

@@ -21,7 +21,7 @@ from qlora_ui.engine.hardware import detect
 from qlora_ui.engine.logits import as_it_is
 from qlora_ui.errors import UserError
 from qlora_ui.memory.devices import GIB
-from qlora_ui.model_configs import find_shape
+from qlora_ui.model_shapes import find_shape
 from qlora_ui.talking import EngineChat
 
 ASKED = [Message(role="user", content="Question 3: which word is 3?")]

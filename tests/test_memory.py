@@ -38,9 +38,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def quantized(folder: Path, **values: Any) -> tuple[Any, ModelShape, RunConfig]:
     config = RunConfig().with_values({"compute_dtype": "float32", **values})
+    return loaded(folder, config), read_shape(AutoConfig.from_pretrained(folder).to_dict(), "tiny"), config
+
+
+def loaded(folder: Path, config: RunConfig) -> Any:
     found = Found(folder=folder, public_name="tiny", origin="here")
-    base = load_quantized(found, config.quantization, detect(config.quantization.compute_dtype), lambda event: None, lambda: False)
-    return base, read_shape(AutoConfig.from_pretrained(folder).to_dict(), "tiny"), config
+    return load_quantized(found, config.quantization, detect(config.quantization.compute_dtype), lambda event: None, lambda: False)
 
 
 EVERY_WAY = [
@@ -173,13 +176,12 @@ def test_only_the_state_of_large_tensors_is_paged() -> None:
 # Activations --------------------------------------------------------------------------------------------------------------
 
 
-def kept(folder: Path, layers: int, config: RunConfig, name: str, tokens: int) -> int:
-    """Bytes of all tensors that a forward pass of a model with so many layers keeps, weights not among them."""
-    made = small(name, num_hidden_layers=layers)
-    folder = folder / f"{layers}"
+def kept(folder: Path, made: Any, config: RunConfig, tokens: int) -> int:
+    """Bytes of all tensors that a forward pass of a model of this config keeps, weights not among them."""
+    folder = folder / f"{made.num_hidden_layers}"
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(made).save_pretrained(folder)
-    base, _, _ = quantized(folder, compute_dtype=config.quantization.compute_dtype)
+    base = loaded(folder, config)
     model = add_adapter(base, config.adapter, 0).train()
     cpu.draw_dropout_faster(model)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -223,6 +225,6 @@ def test_a_layer_keeps_the_bytes_that_are_forecast(tmp_path: Path, name: str, co
     tokens, shape = 200, read_shape(small(name).to_dict(), name)
     size = 2 if compute_dtype == "bfloat16" else 4
     batch = Batch(tokens=tokens, sequence=tokens, masked=False, dtype_bytes=size, on_cpu=True)
-    one_layer = kept(tmp_path, 2, config, name, tokens) - kept(tmp_path, 1, config, name, tokens)
+    one, two = (kept(tmp_path, small(name, num_hidden_layers=layers), config, tokens) for layers in (1, 2))
     ours = layer_bytes(shape, shape.stacks[0], config, batch, tokens) + copy_bytes(shape, shape.stacks[0], config, batch)
-    assert ours == pytest.approx(one_layer, rel=0.03)
+    assert ours == pytest.approx(two - one, rel=0.03)

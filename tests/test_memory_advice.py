@@ -16,7 +16,8 @@ from qlora_ui.memory.advice import advice, advice_after_lack, advice_for
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import OVERHEAD_BYTES, activation_room, forecast
 from qlora_ui.memory.shapes import read_shape
-from qlora_ui.model_configs import find_shape, shipped
+from qlora_ui.model_configs import shipped
+from qlora_ui.model_shapes import find_shape
 
 
 def planned(preset: str, device: Device, **values: Any) -> Any:

@@ -88,6 +88,17 @@ def test_a_model_on_disk_counts_before_what_is_shipped(
     assert plan(capsys, "--model", "huggyllama/llama-7b", "--gpu", "8")["parameters"] == by_name
 
 
+def test_an_architecture_without_a_reader_is_planned_from_its_config_alone(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace.models / "gpt2").mkdir()
+    (workspace.models / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25}))
+    said = plan(capsys, "--model", "gpt2", "--gpu", "T4")
+    assert said["parameters"] == 1_557_611_200  # of GPT-2 XL
+    assert said["terms"]["quantized_weights"] == 48 * 12 * 1600**2 // 2
+    assert said["verdict"] == "fits"
+
+
 def test_of_a_model_on_the_hub_only_the_config_is_fetched_and_kept(
     workspace: Workspace,
     hub: Hub,  # noqa: F811
@@ -107,7 +118,7 @@ def test_of_a_model_on_the_hub_only_the_config_is_fetched_and_kept(
         (["--model", "nowhere"], "There is no model 'nowhere' on this machine. Use a Hugging Face id (owner/name)"),
         (["--model", "o/n"], "The Hugging Face Hub could not be asked for the shape of o/n. Check the connection"),
         (["--model", "a" * 300], "There is no model 'aaa"),
-        (["--model", "mamba"], "mamba is of the architecture 'mamba', whose memory is not known."),
+        (["--model", "odd"], "The memory of odd cannot be counted: it is of the architecture 'odd', which transformers does not know."),
         (["--model", "broken"], "The config.json of broken cannot be read: "),
         (["--model", "list"], "The config.json of list is no JSON object."),
         (["--preset", "starter", "--gpu", "big"], "--gpu 'big' is no card that is known here."),
@@ -118,7 +129,7 @@ def test_of_a_model_on_the_hub_only_the_config_is_fetched_and_kept(
 def test_a_mistake_exits_2_with_a_sentence_within_5_seconds(
     workspace: Workspace, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, content in (("mamba", '{"model_type": "mamba"}'), ("broken", "{"), ("list", "[]")):
+    for name, content in (("odd", '{"model_type": "odd"}'), ("broken", "{"), ("list", "[]")):
         (workspace.models / name).mkdir()
         (workspace.models / name / "config.json").write_text(content)
     begun = time.monotonic()

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import tiny
 from training import Watched
@@ -34,7 +35,8 @@ HARDWARE = Hardware(
 
 
 def over(workspace: Workspace, hardware: Hardware | None = HARDWARE) -> Services:
-    return dataclasses.replace(services.build(workspace, WarmUp()), device=lambda: hardware.device() if hardware else None)
+    built = services.build(workspace, WarmUp())
+    return dataclasses.replace(built, hardware=lambda: hardware, device=lambda: hardware.device() if hardware else None)
 
 
 def look(
@@ -98,6 +100,13 @@ def test_this_machine_is_planned_with_the_memory_that_is_free_now(monkeypatch: p
 def test_before_the_machine_is_known_only_cards_are_planned_for(workspace: Workspace) -> None:
     for card, said in ((planner.HERE, "this machine is being looked at"), ("T4", "Fits")):
         verdict, *_ = planner.look(over(workspace, None), [], False, card, "starter", "")
+        assert said in verdict
+
+
+def test_what_no_reader_knows_is_counted_once_the_training_libraries_are_there(workspace: Workspace) -> None:
+    architectures.build(workspace.models / "experts", "experts")
+    for hardware, said in ((None, "this machine is being looked at"), (HARDWARE, "Fits")):
+        verdict, *_ = planner.look(over(workspace, hardware), ["model"], False, "T4", "starter", "", "experts")
         assert said in verdict
 
 

@@ -23,7 +23,7 @@ from qlora_ui.memory.advice import advice_for
 from qlora_ui.memory.devices import GIB, Device
 from qlora_ui.memory.forecast import forecast
 from qlora_ui.memory.measured import Measured, plan_by
-from qlora_ui.model_configs import find_shape
+from qlora_ui.model_shapes import find_shape
 from qlora_ui.probing import Probes
 from qlora_ui.runs import Workspace
 from qlora_ui.services import WarmUp

@@ -43,6 +43,7 @@ ROOMS = (
     "licences",
     "data",
     "engine",
+    "model_shapes",
     "evaluate",
     "votes",
     "inspection",

@@ -21,15 +21,20 @@ def plain_linears(model_class: type | None) -> Iterator[None]:
 
     transformers quantizes only layers of exactly that class: Falcon's, a subclass, would all stay in 16 bits.
     """
+    own = plain_linear_kinds(model_class) if model_class else {}
     module = sys.modules[model_class.__module__] if model_class else None
-    own = [(name, kind) for name, kind in vars(module).items() if _is_plain(kind)] if module else []
-    for name, _ in own:
+    for name in own:
         setattr(module, name, nn.Linear)
     try:
         yield
     finally:
-        for name, kind in own:
+        for name, kind in own.items():
             setattr(module, name, kind)
+
+
+def plain_linear_kinds(model_class: type) -> dict[str, type]:
+    """Those of the module that defines the model, by their names there."""
+    return {name: kind for name, kind in vars(sys.modules[model_class.__module__]).items() if _is_plain(kind)}
 
 
 def _is_plain(kind: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_ui.config import RunConfig
+from qlora_ui.memory.habits import Habits
 from qlora_ui.memory.shapes import Linear, ModelShape, Stack
 from qlora_ui.memory.trained import adapted
 
@@ -57,39 +58,6 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Habits:
-    """How a kind of model computes. A pair of figures is bytes a number: in 16 bits, in float32.
-
-    `stream` goes from layer to layer; `norm` is kept of each number that is normalised, `inner` of the feed-forward block's width.
-    """
-
-    stream: tuple[int, int] = (2, 4)
-    norm: tuple[int, int] = (4, 4)
-    inner: tuple[int, int] = (6, 12)
-    norms_read_the_same: bool = False
-    soft_caps: bool = False  # no fused kernel for attention, and one more function after the logits
-    mask_of_each_head: bool = False
-    dropout: bool = False  # of its own, beside the adapter's
-
-
-# Autocast computes LayerNorm in float32, and what comes after it stays so.
-HABITS = {
-    "gemma2": Habits(soft_caps=True),
-    "gpt_neox": Habits(stream=(4, 4), inner=(4, 4), norms_read_the_same=True),
-    "falcon": Habits(stream=(4, 4), inner=(4, 4), norms_read_the_same=True),
-    "opt": Habits(stream=(4, 4), inner=(4, 4), dropout=True),
-    "t5": Habits(norm=(6, 4), inner=(2, 4), mask_of_each_head=True, dropout=True),
-    "gated t5": Habits(norm=(6, 4), inner=(20, 24), mask_of_each_head=True, dropout=True),  # its GELU is written out step by step
-}
-
-
-def habits_of(shape: ModelShape) -> Habits:
-    """Those of the kind; most are Llama's."""
-    gated = sum(linear.reads == "feed-forward input" for linear in shape.stacks[0].linears) > 1
-    return HABITS.get("gated t5" if shape.kind == "t5" and gated else shape.kind, Habits())
-
-
-@dataclass(frozen=True, kw_only=True)
 class Activations:
     """Bytes. `layers` are all layers' own, `inputs` what is kept of them when they are computed again, `largest` one layer's.
 
@@ -119,73 +87,84 @@ def logits_bytes(shape: ModelShape, batch: Batch) -> int:
     """Logits of all tokens that may be trained, and their gradient."""
     if shape.is_encoder_decoder:
         return shape.vocab * batch.tokens // 2 * LOGIT_BYTES_ENCODER_DECODER
-    each = LOGIT_BYTES + batch.dtype_bytes * habits_of(shape).soft_caps
+    each = LOGIT_BYTES + batch.dtype_bytes * shape.habits.soft_caps
     return shape.vocab * (batch.tokens * each + LOSS_CHUNK * LOGIT_BYTES)
 
 
 def activations_of(shape: ModelShape, config: RunConfig, batch: Batch) -> Activations:
     """Those of one micro-batch. Encoder and decoder share its tokens."""
-    habits, tokens = habits_of(shape), batch.tokens // len(shape.stacks)
-    copies = [copy_bytes(shape, stack, config, batch) for stack in shape.stacks]
-    layers = [layer_bytes(shape, stack, config, batch, tokens) + copy for stack, copy in zip(shape.stacks, copies, strict=True)]
+    sides = 1 + shape.is_encoder_decoder
+    habits, tokens, stacks = shape.habits, batch.tokens // sides, [stack for stack in shape.stacks if stack.side != "idle"]
+    copies = [copy_bytes(shape, stack, config, batch) for stack in stacks]
+    layers = [layer_bytes(shape, stack, config, batch, tokens) + copy for stack, copy in zip(stacks, copies, strict=True)]
     number = tokens * batch.bytes_of(habits.stream)
     stream = number * shape.hidden
-    widest = batch.dtype_bytes * max(linear.weights for linear, _ in shape.linears)  # unpacked for a product
+    widest = batch.dtype_bytes * max(
+        (linear.weights for linear, _ in shape.linears if linear.quantized), default=0
+    )  # unpacked for a product
     masks = 3 * tokens * _mask_bytes(shape, batch) if habits.mask_of_each_head else batch.sequence * tokens * batch.masked
     return Activations(
-        layers=sum(layer * stack.layers for layer, stack in zip(layers, shape.stacks, strict=True)),
-        inputs=sum(stream * stack.layers for stack in shape.stacks),
+        layers=sum(layer * stack.layers for layer, stack in zip(layers, stacks, strict=True)),
+        inputs=sum(stream * stack.layers for stack in stacks),
         largest=max(layers),
-        outside=len(shape.stacks) * (stream + 4 * tokens * shape.hidden) + masks,
-        copies=sum(copy * stack.layers for copy, stack in zip(copies, shape.stacks, strict=True)),
+        outside=sides * (stream + 4 * tokens * shape.hidden) + masks,
+        copies=sum(copy * stack.layers for copy, stack in zip(copies, stacks, strict=True)),
         passing=max(number * (7 * shape.intermediate // 2 + 2 * shape.hidden), number * (2 * shape.intermediate + shape.hidden) + widest),
     )
 
 
 def layer_bytes(shape: ModelShape, stack: Stack, config: RunConfig, batch: Batch, tokens: int) -> int:
     """What one layer keeps of so many tokens."""
-    habits, linears = habits_of(shape), _adapted_in(shape, stack, config)
+    habits, linears = shape.habits, _adapted_in(shape, stack, config)
     normed = sum(norm.width for norm in stack.norms[: 1 if habits.norms_read_the_same else None])
     attentions = sum(linear.reads.endswith("attention output") for linear in stack.linears)
     dropped = (len(stack.norms) * shape.hidden + shape.intermediate * habits.mask_of_each_head) * habits.dropout
     each = normed * batch.bytes_of(habits.norm) + shape.intermediate * batch.bytes_of(habits.inner) + dropped
-    return tokens * (each + attentions * _attention_bytes(shape, batch) + _adapter_bytes(stack, linears, config, batch, habits))
+    each += attentions * _attention_bytes(shape, stack, batch) + _adapter_bytes(stack, linears, config, batch, habits)
+    # PEFT adds an adapter to a bare tensor before it is used, and that sum is kept.
+    summed = sum(linear.weights for linear in linears if linear.experts)
+    return tokens * (each + batch.dtype_bytes * stack.routed) + batch.dtype_bytes * summed
 
 
 def copy_bytes(shape: ModelShape, stack: Stack, config: RunConfig, batch: Batch) -> int:
     """One layer's adapter in 16 bits, where it is computed so."""
-    ends = sum(linear.in_features + linear.out_features for linear in _adapted_in(shape, stack, config))
+    ends = sum(linear.ranks * (linear.in_features + linear.out_features) for linear in _adapted_in(shape, stack, config))
     return 2 * config.adapter.lora_r * ends * batch.half
 
 
 def _adapted_in(shape: ModelShape, stack: Stack, config: RunConfig) -> list[Linear]:
-    targets = {target for target, _ in adapted(shape, config.adapter)}
+    targets = {target for target, layers in adapted(shape, config.adapter) if layers}
     return [linear for linear in stack.linears if linear in targets]
 
 
-def _attention_bytes(shape: ModelShape, batch: Batch) -> int:
+def _attention_bytes(shape: ModelShape, stack: Stack, batch: Batch) -> int:
     """A token's part of an attention: queries, keys, values, the result, and what the softmax needs again."""
     size, queries, keys = batch.dtype_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if habits_of(shape).soft_caps:
+    if shape.habits.soft_caps:
         return 3 * size * queries + 8 * shape.heads * batch.sequence
-    if batch.on_cpu and batch.half and not batch.masked and batch.sequence <= CPU_TOKEN_BUDGET:
-        return 3 * size * queries + size * shape.heads * batch.sequence  # plain products are quicker for short rows; they keep the scores
+    quick = batch.on_cpu and batch.half and not batch.masked and batch.sequence <= CPU_TOKEN_BUDGET  # plain products are, for short rows
+    dropped = shape.habits.attention_dropout and batch.on_cpu
+    if quick or dropped or not shape.habits.fused_attention:
+        score = 3 * size if dropped else size + 4 * (batch.half and not batch.on_cpu)
+        return 3 * size * queries + score * shape.heads * batch.sequence
     repeated = queries if batch.masked else keys  # with a mask each query head is given keys and values of its own
-    fused = sum(linear.reads == "attention input" for linear in shape.stacks[0].linears) == 1
+    fused = sum(linear.reads.endswith("attention input") for linear in stack.linears) == 1
     around = queries + keys if fused and repeated == keys else 0  # the values are a part of one product, which is kept whole
     return size * (2 * (queries + repeated) + around) + 4 * shape.heads + _mask_bytes(shape, batch)
 
 
 def _mask_bytes(shape: ModelShape, batch: Batch) -> int:
-    return batch.dtype_bytes * batch.sequence * (shape.heads if habits_of(shape).mask_of_each_head else 1) * batch.masked
+    return batch.dtype_bytes * batch.sequence * (shape.heads if shape.habits.mask_of_each_head else 1) * batch.masked
 
 
 def _adapter_bytes(stack: Stack, linears: Sequence[Linear], config: RunConfig, batch: Batch, habits: Habits) -> int:
     """A token's part of what adapters keep: their input, with dropout a copy and a mask for each, and the narrow product between."""
-    size, bits = batch.dtype_bytes, config.quantization.quant_bits
+    size, bits, linears = batch.dtype_bytes, config.quantization.quant_bits, [linear for linear in linears if not linear.experts]
     narrow = size * config.adapter.lora_r * len(linears)
     if config.adapter.lora_dropout:
-        by_the_base = size * sum({linear.reads: linear.in_features for linear in stack.linears}.values()) * (bits == "8")
+        by_the_base = (
+            size * sum({linear.reads: linear.in_features for linear in stack.linears if linear.quantized}.values()) * (bits == "8")
+        )
         return narrow + by_the_base + (size + (4 if batch.on_cpu else 1)) * sum(linear.in_features for linear in linears)
     if batch.half and (batch.on_cpu or bits == "16"):  # each casts its input for itself
         return narrow + size * sum(linear.in_features for linear in linears)

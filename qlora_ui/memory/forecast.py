@@ -159,8 +159,8 @@ def base_bytes(shape: ModelShape, quantization: QuantizationConfig, dtype: str) 
             weights += count * of_weights
             constants += count * of_constants
             whole -= count * size * linear.weights
-        elif not linear.quantized and dtype == "float16":
-            whole += count * 2 * linear.weights  # transformers keeps T5's in float32, where float16 would overflow
+        elif linear.wide and dtype == "float16":
+            whole += count * 2 * linear.weights
     return weights, constants, whole
 
 

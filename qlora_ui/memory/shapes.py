@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from qlora_ui.errors import UserError
+from qlora_ui.memory.habits import GATED_T5, GEMMA_2, LLAMA, OPT, PARALLEL_LAYER_NORM, T5, Habits
 
 Config = Mapping[str, Any]
 
@@ -19,7 +20,9 @@ Config = Mapping[str, Any]
 class Linear:
     """A matrix by its path in the layer. Those with the same `reads` are given the same tensor.
 
-    transformers does not quantize all of them: not the head, and in T5 not the second matrix of a feed-forward block.
+    transformers does not quantize all of them: not the head, and in T5 not the second matrix of a feed-forward block, which is `wide`:
+    in float32 where others are in float16. Where there are `experts`, so many matrices are one bare tensor. `ranks` is the rank of its
+    adapter in multiples of lora_r, 0 where PEFT leaves it out of all-linear.
     """
 
     path: str
@@ -28,10 +31,13 @@ class Linear:
     reads: str
     bias: bool = False
     quantized: bool = True
+    wide: bool = False
+    experts: int = 0
+    ranks: int = 1
 
     @property
     def weights(self) -> int:
-        return self.in_features * self.out_features
+        return self.in_features * self.out_features * max(self.experts, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +50,18 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Layers that are alike, one after the other. `extra_parameters` are those of the whole stack that no layer has."""
+    """Layers that are alike, one after the other, from the number `first`.
 
-    side: Literal["decoder", "encoder"] = "decoder"
+    No text goes through the side that is idle, as that which sees pictures. `routed` are the numbers of a token on their way through
+    experts and back; `extra_parameters` are all that are neither in a matrix nor in a norm.
+    """
+
+    side: Literal["decoder", "encoder", "idle"] = "decoder"
+    first: int = 0
     layers: int
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
+    routed: int = 0
     extra_parameters: int = 0
 
     @property
@@ -63,11 +75,12 @@ class Stack:
 class ModelShape:
     """What memory depends on. `kind` is the config's model_type; `intermediate` is the width of the feed-forward block.
 
-    `embeddings` are the parameters of the input embeddings, positions included; the head has as many as its matrix when it is
-    not tied to them.
+    The head has parameters of its own when it is not tied to the embedding. `outer` are matrices beside the layers; positions and all
+    else that is there are `extra_parameters`.
     """
 
     kind: str
+    habits: Habits = LLAMA
     vocab: int
     hidden: int
     intermediate: int
@@ -78,14 +91,14 @@ class ModelShape:
     tied: bool
     embedding: Linear
     head: Linear
-    positions: int = 0
+    extra_parameters: int = 0
     outer: tuple[Linear, ...] = ()
     final_norms: tuple[Norm, ...]
     stacks: tuple[Stack, ...]
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return len(self.stacks) > 1
+        return any(stack.side == "encoder" for stack in self.stacks)
 
     @property
     def linears(self) -> tuple[tuple[Linear, int], ...]:
@@ -96,13 +109,13 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All of the model, counted as transformers counts them: tied ones once."""
-        outside = self.embedding.weights + self.positions + (0 if self.tied else self.head.weights)
+        outside = self.embedding.weights + self.extra_parameters + (0 if self.tied else self.head.weights)
         outside += sum(norm.parameters for norm in self.final_norms) + sum(linear.weights for linear in self.outer)
         return outside + sum(stack.parameters for stack in self.stacks)
 
 
 def read_shape(config: Config, name: str) -> ModelShape:
-    """The shape of the model whose config.json says this. Raises UserError for an architecture that is not known here."""
+    """The shape of the model whose config.json says this. Raises UserError for an architecture that has no reader."""
     kind = str(config.get("model_type", "nothing"))
     if kind not in READERS:
         raise UserError(
@@ -178,7 +191,14 @@ def _feed_forward(hidden: int, inner: int, first: tuple[str, ...], second: str, 
 
 
 def _llama(
-    c: Config, *, tied: bool = False, norms: int = 2, qk_norm: Literal["", "head", "all"] = "", qkv_bias: bool = False, head_dim: int = 0
+    c: Config,
+    *,
+    tied: bool = False,
+    norms: int = 2,
+    qk_norm: Literal["", "head", "all"] = "",
+    qkv_bias: bool = False,
+    head_dim: int = 0,
+    habits: Habits = LLAMA,
 ) -> ModelShape:
     """Llama and its many relatives. `qk_norm`: queries and keys are normalised, each head by itself or all together."""
     s = _sizes({"head_dim": head_dim, **c})
@@ -192,7 +212,7 @@ def _llama(
         *_feed_forward(s["hidden"], inner, ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", bias=bool(c.get("mlp_bias", False))),
     )
     stack = Stack(layers=s["layers"], linears=linears, norms=(*around, *inside))
-    return _whole(c, s, (stack,), intermediate=inner, tied=tied, final_norms=around[:1], embedding="embed_tokens")
+    return _whole(c, s, (stack,), intermediate=inner, tied=tied, final_norms=around[:1], embedding="embed_tokens", habits=habits)
 
 
 def _phi3(c: Config) -> ModelShape:
@@ -224,8 +244,8 @@ def _gpt_neox(c: Config) -> ModelShape:
     linears = _fused(c, s, inner, 3 * s["hidden"], "attention", True)
     if not c.get("attention_bias", True):
         linears = tuple(replace(linear, bias=linear.path.startswith("mlp")) for linear in linears)
-    stack = Stack(layers=s["layers"], linears=linears, norms=(norm, norm))
-    return _whole(c, s, (stack,), intermediate=inner, tied=False, final_norms=(norm,), embedding="embed_in")
+    around: dict[str, Any] = {"tied": False, "final_norms": (norm,), "embedding": "embed_in", "habits": PARALLEL_LAYER_NORM}
+    return _whole(c, s, (Stack(layers=s["layers"], linears=linears, norms=(norm, norm)),), intermediate=inner, **around)
 
 
 def _falcon(c: Config) -> ModelShape:
@@ -239,7 +259,8 @@ def _falcon(c: Config) -> ModelShape:
     norms = (norm,) * (side_by_side if new or c.get("parallel_attn", True) else 2)
     qkv = (s["heads"] + 2 * s["kv_heads"]) * s["head_dim"]
     stack = Stack(layers=s["layers"], linears=_fused(c, s, inner, qkv, "self_attention", bool(c.get("bias", False))), norms=norms)
-    return _whole(c, s, (stack,), intermediate=inner, tied=True, final_norms=(norm,), embedding="word_embeddings")
+    around: dict[str, Any] = {"tied": True, "final_norms": (norm,), "embedding": "word_embeddings", "habits": PARALLEL_LAYER_NORM}
+    return _whole(c, s, (stack,), intermediate=inner, **around)
 
 
 def _opt(c: Config) -> ModelShape:
@@ -264,8 +285,9 @@ def _opt(c: Config) -> ModelShape:
         final_norms=(norm,) if before else (),
         embedding="embed_tokens",
         embedding_width=width,
-        positions=(int(c["max_position_embeddings"]) + 2) * s["hidden"],  # its first two rows are for nothing
+        extra_parameters=(int(c["max_position_embeddings"]) + 2) * s["hidden"],  # its first two rows are for nothing
         outer=outer if width != s["hidden"] else (),
+        habits=OPT,
     )
 
 
@@ -285,7 +307,7 @@ def _t5(c: Config) -> ModelShape:
     def feed_forward(number: int) -> tuple[Linear, ...]:
         path = f"layer.{number}.DenseReluDense"
         *most, last = _feed_forward(hidden, inner, tuple(f"{path}.{name}" for name in first), f"{path}.wo")
-        return (*most, replace(last, quantized=False))
+        return (*most, replace(last, quantized=False, wide=True))
 
     own = attention("layer.0.SelfAttention", "attention input", "attention")
     cross = attention("layer.1.EncDecAttention", "encoder output", "cross-attention")
@@ -305,6 +327,7 @@ def _t5(c: Config) -> ModelShape:
         tied=True,
         final_norms=(norm, norm),
         embedding="shared",
+        habits=GATED_T5 if len(first) > 1 else T5,
     )
 
 
@@ -324,7 +347,7 @@ READERS: dict[str, Callable[[Config], ModelShape]] = {
     "olmo2": partial(_llama, qk_norm="all"),
     "olmo3": partial(_llama, qk_norm="all"),
     "gemma": partial(_llama, tied=True, head_dim=256),
-    "gemma2": partial(_llama, tied=True, norms=4, head_dim=256),
+    "gemma2": partial(_llama, tied=True, norms=4, head_dim=256, habits=GEMMA_2),
     "gemma3_text": partial(_llama, tied=True, norms=4, qk_norm="head", head_dim=256),
     "phi3": _phi3,
     "gpt_neox": _gpt_neox,

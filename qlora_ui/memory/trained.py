@@ -32,15 +32,16 @@ class Trained:
 
 def adapted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, int]]:
     """The matrices that get an adapter, and how many of each. Raises UserError when the adapter's settings name none of this model."""
-    skipped, layers = adapter.skipped_layers(), max(stack.layers for stack in shape.stacks)
+    skipped, layers = adapter.skipped_layers(), max(stack.first + stack.layers for stack in shape.stacks)
     if missing := [layer for layer in skipped if layer >= layers]:
         raise UserError(f"layers_to_skip has {missing[0]}, but this model's layers are 0 to {layers - 1}.", field="layers_to_skip")
     if len(skipped) == layers:
         raise UserError("layers_to_skip names all layers of this model. Leave one to the adapter.", field="layers_to_skip")
-    inner = [(linear, sum(n not in skipped for n in range(stack.layers))) for stack in shape.stacks for linear in stack.linears]
+    left = [sum(stack.first + n not in skipped for n in range(stack.layers)) for stack in shape.stacks]
+    inner = [(linear, layers) for stack, layers in zip(shape.stacks, left, strict=True) for linear in stack.linears]
     linears = [*inner, *((linear, 1) for linear in shape.outer)]
     if adapter.target_modules == "all-linear":
-        return linears
+        return [(linear, n) for linear, n in linears if linear.ranks]
     if adapter.target_modules == "attention":
         return [(linear, n) for linear, n in linears if any(word in linear.path.lower().rpartition(".")[0] for word in ATTENTION)]
     found = [(linear, n) for linear, n in (*linears, (shape.head, 1), (shape.embedding, 1)) if _named(linear, adapter.target_modules)]
@@ -61,8 +62,9 @@ def trained_tensors(shape: ModelShape, adapter: AdapterConfig) -> list[Trained]:
     """The adapter's tensors, and whole matrices trained with it. Norms and biases that are trained too are too few to count."""
     tensors = []
     for linear, count in adapted(shape, adapter):
-        tensors.append(Trained(rows=adapter.lora_r, columns=linear.in_features, count=count))
-        tensors.append(Trained(rows=linear.out_features, columns=adapter.lora_r, count=count))
+        rank = adapter.lora_r * linear.ranks
+        tensors.append(Trained(rows=rank, columns=linear.in_features, count=count))
+        tensors.append(Trained(rows=linear.out_features, columns=rank, count=count))
         if adapter.use_dora:
             tensors.append(Trained(rows=1, columns=linear.out_features, count=count))
     whole = [linear for linear in (shape.head, shape.embedding) if _named(linear, adapter.modules_to_save)]

@@ -8,7 +8,7 @@ import gradio as gr
 
 from qlora_ui import speakers
 from qlora_ui.errors import UserError
-from qlora_ui.model_configs import find_shape_within
+from qlora_ui.model_shapes import find_shape_within
 from qlora_ui.services import Services
 
 

@@ -20,7 +20,8 @@ from qlora_ui.memory.advice import advice_for, dtype_caution
 from qlora_ui.memory.devices import CARDS, GIB, Device, find_device
 from qlora_ui.memory.forecast import Forecast, Verdict
 from qlora_ui.memory.measured import Measured, plan_by
-from qlora_ui.model_configs import NotHere, find_shape, find_shape_within
+from qlora_ui.model_configs import NotHere
+from qlora_ui.model_shapes import NotCounted, find_shape, find_shape_within
 from qlora_ui.services import Services
 from qlora_ui.time_plan import time_plan
 from qlora_ui.ui import form, markup
@@ -39,6 +40,7 @@ watch('value', () => { for (const details of element.querySelectorAll('details')
 # While it is counted anew, the figures on the page are of the settings before.
 COUNTING = "(...values) => { document.querySelector('#start-box')?.setAttribute('aria-busy', 'true'); return values; }"
 COUNTED = "() => document.querySelector('#start-box')?.removeAttribute('aria-busy')"
+LOOKING = "Memory: this machine is being looked at …"
 FOLLOW_SECONDS = 0.5
 
 
@@ -114,15 +116,17 @@ def look(services: Services, names: list[str], ask_hub: bool, card: str, preset:
     trouble = services.probes.trouble(config) if card == HERE else ""
     try:
         find = find_shape if ask_hub else find_shape_within
-        shape = find(config.model.model, config.model.revision, services.workspace.models)
+        shape = find(config.model.model, config.model.revision, services.workspace.models, with_torch=services.hardware() is not None)
         device = device_of(services, card)
         if device is None:
-            return [markup.note("Memory: this machine is being looked at …"), "", hidden, off]
+            return [markup.note(LOOKING), "", hidden, off]
         plan = plan_by(shape, config, device, measured)
         planned = plan(config, device)
         advice = "" if planned.verdict(device.memory_bytes) == "fits" else advice_for(plan, config, device)
         said = verdict(planned, device, card, is_measured=measured is not None)
         return [said + markup.error(trouble), bar(planned, device, advice, dtype_caution(config, device), measured), hidden, may_measure]
+    except NotCounted:  # the libraries are still being loaded
+        return [markup.note(LOOKING), "", hidden, off]
     except UserError as error:
         took = f" A measured step took {gib(measured.memory_bytes)} beside the libraries' own." if measured else ""
         said = markup.note(f"Memory: {error}{took}") + markup.error(trouble)

@@ -23,7 +23,8 @@ from qlora_ui.events import Event, Failed, Log
 from qlora_ui.memory.devices import GIB
 from qlora_ui.memory.forecast import forecast
 from qlora_ui.memory.shapes import read_shape
-from qlora_ui.model_configs import find_shape, shipped
+from qlora_ui.model_configs import shipped
+from qlora_ui.model_shapes import find_shape
 from qlora_ui.runs import ENV, Workspace
 
 CHECKOUT = Path(__file__).resolve().parents[2]
