@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -239,13 +238,13 @@ class Services:
         """How many checkpoints the run says are complete. A look at names only."""
         return sum((folder / checkpoints.SEAL).exists() for folder in checkpoints.all_of(run))
 
-    def script(self, run: Run) -> Path:
-        """A new zip file with what trains the run again without this app. Raises UserError for a run that no script can repeat."""
+    def write_script(self, run: Run, path: Path) -> None:
+        """A zip file with what trains the run again without this app. Raises UserError for a run that no script can repeat."""
         from qlora_ui.engine import script
 
-        folder = Path(tempfile.mkdtemp(prefix="script-"))
-        script.write(run, folder / run.id)
-        return Path(shutil.make_archive(str(folder / run.id), "zip", folder, run.id))
+        folder = path.with_suffix("")
+        script.write(run, folder)
+        shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
 
     def silence(self, run: Run, state: State) -> str:
         """What there is to say of a run that runs and gives no sign of life; empty for all others. A dead one is settled by the look."""

@@ -156,8 +156,8 @@ def test_a_layer_keeps_about_the_bytes_that_are_forecast(
             {"model_type": "whisper"},
             "'whisper', of which transformers has no model that writes text. Choose another model.",
         ),
-        ({"model_type": "bloom", "n_head": 0}, "of which transformers makes no model from its config.json (ZeroDivisionError: "),
-        ({"model_type": "bloom", "n_head": "many"}, "of which transformers makes no model from its config.json ("),
+        ({"model_type": "bloom", "n_head": 0}, "of which no shape could be made from its config.json (ZeroDivisionError: "),
+        ({"model_type": "bloom", "n_head": "many"}, "of which no shape could be made from its config.json ("),
     ],
 )
 def test_what_cannot_be_counted_is_refused_in_a_sentence(config: dict[str, Any], said: str) -> None:

@@ -38,8 +38,15 @@ SEEN = 64  # numbers that an activation function is tried on
 
 
 def count_shape(config: Mapping[str, Any], name: str) -> ModelShape:
-    """The shape of the model whose config.json says this. Raises UserError where transformers cannot make it."""
-    return _counted(json.dumps(config, sort_keys=True), name)
+    """The shape of the model whose config.json says this. Raises UserError where it cannot be counted."""
+    try:
+        return _counted(json.dumps(config, sort_keys=True), name)
+    except UserError:
+        raise
+    except Exception as error:  # each architecture has refusals and odd ways of its own
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
+        why = f"of which no shape could be made from its config.json ({reason})"
+        raise _uncounted(name, str(config.get("model_type")), why) from error
 
 
 @lru_cache(maxsize=16)  # a page asks at every change of a field
@@ -77,18 +84,12 @@ def without_weights(config: Mapping[str, Any], name: str) -> Any:
     kind = str(settings.pop("model_type", "nothing"))
     if kind not in CONFIG_MAPPING:
         raise _uncounted(name, kind, "which transformers does not know")
-    try:
-        made = AutoConfig.for_model(kind, **settings)
-        auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
-        if type(made) not in auto._model_mapping:
-            raise _uncounted(name, kind, "of which transformers has no model that writes text", "Choose another model.")
-        with torch.device("meta"):
-            return auto.from_config(made)
-    except UserError:
-        raise
-    except Exception as error:  # each architecture has refusals of its own
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
-        raise _uncounted(name, kind, f"of which transformers makes no model from its config.json ({reason})") from error
+    made = AutoConfig.for_model(kind, **settings)
+    auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    if type(made) not in auto._model_mapping:
+        raise _uncounted(name, kind, "of which transformers has no model that writes text", "Choose another model.")
+    with torch.device("meta"):
+        return auto.from_config(made)
 
 
 def _uncounted(name: str, kind: str, why: str, remedy: str = "Measure one step instead.") -> UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.evaluate.ratings import Outcome
 from qlora_ui.runs import encodable
 from qlora_ui.services import Services
-from qlora_ui.ui import arena_markup, chat_panel, chat_turns, markup
+from qlora_ui.ui import arena_markup, chat_panel, chat_turns, downloads, markup
 from qlora_ui.votes import Pair, Side, Vote
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ def saved(services: Services, form: str) -> list[Any]:
     taken = services.votes.all()
     if not taken:
         return [markup.error("There is no vote yet to save. Vote first."), SKIP]
-    path = Path(tempfile.mkdtemp(prefix="votes-")) / f"votes.{form}"
+    path = downloads.fresh(f"votes.{form}")
     path.write_bytes(encodable(votes.as_jsonl(taken) if form == "jsonl" else votes.as_csv(taken)))
     return ["", gr.update(value=str(path))]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,7 +12,7 @@ from qlora_ui import speakers
 from qlora_ui.data.formats import Message
 from qlora_ui.errors import UserError
 from qlora_ui.services import Services
-from qlora_ui.ui import bring, chat_panel, chat_turns, conversations, markup
+from qlora_ui.ui import bring, chat_panel, chat_turns, conversations, downloads, markup
 from qlora_ui.ui.chat_panel import QUIET, Panel
 from qlora_ui.ui.chat_turns import Wish
 from qlora_ui.ui.conversations import NEW, Kept, Turn
@@ -209,7 +207,7 @@ def saved(form: str, speaker_id: str | None, tuned: list[Turn], base: list[Turn]
     """The conversation as a file for the hidden button."""
     columns = {"tuned": conversations.spoken(tuned)} | ({"base": conversations.spoken(base)} if compare else {})
     write = conversations.as_json if form == "json" else conversations.as_markdown
-    path = Path(tempfile.mkdtemp(prefix="chat-")) / f"chat.{form}"
+    path = downloads.fresh(f"chat.{form}")
     path.write_text(write(speaker_id or "", columns), "utf-8")
     return gr.update(value=str(path))
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,7 +16,7 @@ from qlora_ui.data.formats import FIELDS, FORMATS
 from qlora_ui.errors import UserError
 from qlora_ui.inspection import Look
 from qlora_ui.services import Services
-from qlora_ui.ui import data_markup, data_rows, data_source, form, markup
+from qlora_ui.ui import data_markup, data_rows, data_source, downloads, form, markup
 
 SLOTS = 4
 LISTED = 200  # columns; a browser stands still over ten thousand
@@ -297,8 +295,7 @@ def write_dropped(services: Services, names: list[str], preset: str, chosen: str
         dropped += seen.left_out if seen else ()
     except checks.NothingKept as error:
         dropped = error.report.dropped
-    folder = Path(tempfile.mkdtemp(prefix="dropped-rows-"))
-    path = folder / f"{sources.name_of(chosen)}-dropped.jsonl"
+    path = downloads.fresh(f"{sources.name_of(chosen)}-dropped.jsonl")
     with path.open("w", encoding="utf-8") as file:
         for row in checks.dropped_rows(config.data, dropped, services.workspace.root):
             file.write(json.dumps(row, default=str) + "\n")

@@ -15,7 +15,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.overview import facts_of
 from qlora_ui.runs import Run
 from qlora_ui.services import Services
-from qlora_ui.ui import markup, queue_panel, sweep
+from qlora_ui.ui import downloads, markup, queue_panel, sweep
 from qlora_ui.ui.comparison import MOST_RUNS, Shown, comparison, report
 
 SCRIPT = Path(__file__).with_name("runs_table.js")
@@ -174,8 +174,12 @@ def rename(services: Services, run_id: str, title: str, notes: str) -> str:
 def take_script(services: Services, run_id: str) -> list[Any]:
     """A zip for the hidden button, or why there is none."""
     run = services.find(run_id)
+    if run is None:
+        return ["", gr.skip()]
+    path = downloads.fresh(f"{run.id}.zip")
     try:
-        return ["", gr.update(value=str(services.script(run)))] if run else ["", gr.skip()]
+        services.write_script(run, path)
+        return ["", gr.update(value=str(path))]
     except UserError as error:
         return [markup.error(str(error)), gr.skip()]
 

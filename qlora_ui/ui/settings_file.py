@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import gradio as gr
 from qlora_ui import presets
 from qlora_ui.config import RunConfig
 from qlora_ui.errors import UserError
-from qlora_ui.ui import form, markup
+from qlora_ui.ui import downloads, form, markup
 
 MOST_BYTES = 1_000_000
 PRESS = "(said) => { if (!said) setTimeout(() => document.querySelector('#settings-file').click(), 100); }"
@@ -55,7 +54,7 @@ def saved(names: list[str], preset: str, data: str, *values: Any) -> list[Any]:
 
 def written(config: RunConfig, name: str) -> str:
     """The path of a new file that holds them."""
-    path = Path(tempfile.mkdtemp(prefix="settings-")) / f"{name}.yaml"
+    path = downloads.fresh(f"{name}.yaml")
     path.write_text(presets.dump(config, title=name), "utf-8")
     return str(path)
 
