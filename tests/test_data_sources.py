@@ -199,6 +199,8 @@ def test_stop_does_not_wait_for_a_network_that_says_nothing(monkeypatch: pytest.
         ("/w/данные.jsonl", "data"),
         ("", "data"),
         ("owner/" + "long-" * 20, ("long-" * 8).strip("-")),
+        ("/w/customer-support-conversations-2026-cleaned.json", "customer-support-conversations-2026"),
+        ("/w/" + "a" * 50 + ".json", "a" * 40),
     ],
 )
 def test_a_reference_has_a_short_name_for_runs(reference: str, name: str) -> None:

@@ -20,6 +20,7 @@ from qlora_ui.errors import UserError
 from qlora_ui.stopping import Cancelled
 
 BUNDLED_PREFIX = "bundled:"
+MOST_SLUG = 40  # characters
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 _ROWS_PER_PROGRESS = 500
@@ -80,12 +81,13 @@ def shown(reference: str) -> str:
 
 
 def name_of(reference: str) -> str:
-    """A slug for run names: lower-case letters, digits and hyphens, at most 40 characters, never empty."""
+    """A slug for run names: lower-case letters, digits and hyphens, at most 40 characters, of whole words where there are several, never empty."""
     # A Hub reference may have slashes after its own, in the name of a revision.
     is_path = files.kind(Path(reference)) or not hub.is_reference(reference)
     name = Path(shown(reference)).name if is_path else reference.partition("/")[2]
     plain = unicodedata.normalize("NFKD", _stem(name)).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-") or "data"
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "data"
+    return slug if len(slug) <= MOST_SLUG else slug[: MOST_SLUG + 1].rpartition("-")[0] or slug[:MOST_SLUG]  # no half word
 
 
 def check(reference: str, within: Path | None = None) -> None:
