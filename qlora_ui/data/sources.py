@@ -81,7 +81,7 @@ def shown(reference: str) -> str:
 
 
 def name_of(reference: str) -> str:
-    """A slug for run names: lower-case letters, digits and hyphens, at most 40 characters, of whole words where there are several, never empty."""
+    """A slug for run names: lower-case letters, digits and hyphens; whole words of at most 40 characters in all, never empty."""
     # A Hub reference may have slashes after its own, in the name of a revision.
     is_path = files.kind(Path(reference)) or not hub.is_reference(reference)
     name = Path(shown(reference)).name if is_path else reference.partition("/")[2]
