@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -39,6 +40,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 SHOW_BLAMED = "() => setTimeout(() => window.showBlamed?.(), 100)"
 """Brings the field into sight that a start was refused for, once its sentence is in the page."""
 
+STREAM = Path(__file__).with_name("stream.js")
 NOW = "() => String(performance.now())"
 
 
@@ -77,7 +79,8 @@ def build(services: Services) -> gr.Blocks:
 
 def launch_options() -> dict[str, Any]:
     """What Gradio wants to be told at launch rather than when the page is built."""
-    return {"theme": theme.theme(), "css_paths": [theme.CSS], "run_history": False, "footer_links": ["api", "settings"]}
+    head = f"<script>(() => {{\n{STREAM.read_text('utf-8')}}})()</script>"
+    return {"theme": theme.theme(), "css_paths": [theme.CSS], "head": head, "run_history": False, "footer_links": ["api", "settings"]}
 
 
 def wire(
