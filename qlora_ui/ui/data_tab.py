@@ -31,7 +31,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 class Wish:
     """What one page's person wants last; Gradio keeps one for each page. A look that is not the newest `look` ends."""
 
-    look: int = 0
+    look: object = None
     stop: bool = False
 
 
@@ -185,21 +185,29 @@ def ask_to_stop(wish: Wish) -> None:
 
 def look(services: Services, names: list[str], fetch: bool, wish: Wish, preset: str, chosen: str, *values: Any) -> Iterator[list[Any]]:
     """The report as it grows: a sample, all rows, their tokens. A page that goes away closes this and with it the reading."""
-    wish.stop, wish.look = False, wish.look + 1
-    mine = wish.look
+    wish.stop = False
+    mine = wish.look = object()  # not a number, of which two that begin together could make the same
     time.sleep(TOGETHER_SECONDS)
-    if wish.look != mine:
+    if wish.look is not mine:
         return
     if not chosen:
         yield [gr.skip(), "", gr.skip(), NO_LENGTHS, *idle()]
         return
     yield [*[gr.skip()] * 4, gr.update(interactive=False), gr.update(visible=True), *[gr.skip()] * (3 + SLOTS)]
+    for told in tell(services, names, fetch, wish, preset, chosen, values):
+        if wish.look is not mine:  # asked after the words were made: that may take long, and they would then stand over the newer ones
+            return
+        yield told
+
+
+def tell(
+    services: Services, names: list[str], fetch: bool, wish: Wish, preset: str, chosen: str, values: tuple[Any, ...]
+) -> Iterator[list[Any]]:
+    """What one look finds, in the components of the page, up to its end, its error or the person's wish to stop."""
     try:
         config = form.read(preset, chosen, names, values)
         looks = services.inspector.look(config, fetch)
         for seen in looks:
-            if wish.look != mine:
-                return
             yield [gr.skip(), *shown(services, config, seen)]
             if wish.stop:
                 looks.close()
