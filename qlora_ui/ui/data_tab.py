@@ -21,6 +21,7 @@ from qlora_ui.services import Services
 from qlora_ui.ui import data_markup, data_rows, data_source, form, markup
 
 SLOTS = 4
+TOLD = 9 + SLOTS  # components that a look fills
 LISTED = 200  # columns; a browser stands still over ten thousand
 NO_LENGTHS = markup.note("How long the rows are shows here.")
 TOGETHER_SECONDS = 0.05  # what one click changes arrives as several changes, of which the last says all
@@ -188,22 +189,22 @@ def look(services: Services, names: list[str], fetch: bool, wish: Wish, preset: 
     wish.stop = False
     mine = wish.look = object()  # not a number, of which two that begin together could make the same
     time.sleep(TOGETHER_SECONDS)
-    if wish.look is not mine:
-        return
-    if not chosen:
-        yield [gr.skip(), "", gr.skip(), NO_LENGTHS, *idle()]
-        return
-    yield [*[gr.skip()] * 4, gr.update(interactive=False), gr.update(visible=True), *[gr.skip()] * (3 + SLOTS)]
-    for told in tell(services, names, fetch, wish, preset, chosen, values):
-        if wish.look is not mine:  # asked after the words were made: that may take long, and they would then stand over the newer ones
-            return
+    for told in tell(services, names, fetch, wish, preset, chosen, values) if wish.look is mine else ():
+        if wish.look is not mine:  # asked once the words are made, which may take long
+            break
         yield told
+    # Gradio 6.31 repeats the last word of a generator when it ends: of an old look, over what a newer one has told meanwhile.
+    yield [gr.skip()] * TOLD
 
 
 def tell(
     services: Services, names: list[str], fetch: bool, wish: Wish, preset: str, chosen: str, values: tuple[Any, ...]
 ) -> Iterator[list[Any]]:
     """What one look finds, in the components of the page, up to its end, its error or the person's wish to stop."""
+    if not chosen:
+        yield [gr.skip(), "", gr.skip(), NO_LENGTHS, *idle()]
+        return
+    yield [*[gr.skip()] * 4, gr.update(interactive=False), gr.update(visible=True), *[gr.skip()] * (3 + SLOTS)]
     try:
         config = form.read(preset, chosen, names, values)
         looks = services.inspector.look(config, fetch)
