@@ -193,8 +193,10 @@ def look(services: Services, names: list[str], fetch: bool, wish: Wish, preset: 
         if wish.look is not mine:  # asked once the words are made, which may take long
             break
         yield told
-    # Gradio 6.31 repeats the last word of a generator when it ends: of an old look, over what a newer one has told meanwhile.
-    yield [gr.skip()] * TOLD
+    if wish.look is not mine:
+        # Gradio 6.31 repeats the last word of a generator when it ends: of an old look, over what a newer one has told meanwhile.
+        # Not at the end of every look: this would also undo what the page has heard and not shown yet.
+        yield [gr.skip()] * TOLD
 
 
 def tell(
