@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plain `pytest` p
 
 import tiny  # noqa: E402
 
+from qlora_ui.config import STARTER_MODEL  # noqa: E402
 from qlora_ui.runs import ENV, Workspace  # noqa: E402
 
 if TYPE_CHECKING:
@@ -58,6 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Each worker may hold a model, an app and a browser; those that need the GPU need it for themselves."""
     return 0 if "gpu" in config.option.markexpr.replace("not gpu", "") else min(os.cpu_count() or 1, 4)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Files with a browser or the starter model first: they take longest. Were one of them the last of all, a core would idle."""
+    slow = {item.path for item in items if item.get_closest_marker("browser") or "starter_home" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:
@@ -85,6 +94,16 @@ def tiny_workspace(workspace: Workspace) -> Workspace:
     """A workspace with the tiny model in it, under the name `tiny`."""
     tiny.tiny_model(workspace.models / tiny.NAME)
     return workspace
+
+
+@pytest.fixture
+def starter_home(home: Path) -> Path:
+    """A workspace that has the starter model, as tests/run.sh fetched it."""
+    source = Path(os.environ.get("QLORA_UI_STARTER", "tests/.cache/models")) / STARTER_MODEL.replace("/", "--")
+    if not source.is_dir():
+        pytest.skip("the starter model is not here: run the suite with bash tests/run.sh, which fetches it")
+    shutil.copytree(source, Workspace.open(home).models / source.name, copy_function=os.link)
+    return home
 
 
 @pytest.fixture

@@ -35,5 +35,5 @@ echo "Fetching the starter model ..."
 export QLORA_UI_STARTER=$cache/models
 PYTHONPATH=. python tests/fetch_starter.py "$QLORA_UI_STARTER"
 
-# As many workers as cores; a file of tests stays with one of them. Tests of one GPU take turns (tests/conftest.py).
-exec python -m pytest -n auto --dist loadfile "$@"
+# As many workers as cores; a file of tests stays with one of them, and the slow ones begin. Tests of one GPU take turns (tests/conftest.py).
+exec python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

@@ -44,27 +44,28 @@ def test_the_api_is_off_unless_it_was_asked_for(app: Served) -> None:
     assert httpx.get(f"{app.url}/v1/models").status_code == 404
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "sentence"),
-    [
-        ("empty.json", "", "is empty"),
-        ("broken.json", '[{"instruction": "a", "output"', "broken.json"),
-        ("no-answers.jsonl", '{"instruction": "a", "output": ""}\n', "Row 1"),
-        ("columns.csv", "foo,bar\n1,2\n", "columns: foo, bar"),
-    ],
-)
-def test_bad_files_get_one_sentence_beside_the_upload_and_are_not_chosen(
-    page: Page, app: Served, tmp_path: Path, name: str, content: str, sentence: str
-) -> None:
-    (tmp_path / name).write_text(content, "utf-8")
-    upload(page, tmp_path / name)
-    expect(page.locator("#data-summary .problem")).to_contain_text(sentence)
-    assert "Traceback" not in page.locator("body").inner_text()
-    expect(page.locator("#data-use")).to_be_disabled()
-    go(page, "Train")
-    page.locator("#start-button").click()
-    expect(page.locator("#start-message .problem")).to_contain_text(re.compile(f"{re.escape(sentence)}|No data set is chosen"))
-    assert not os.listdir(app.home / "runs")
+BAD_FILES = {
+    "empty.json": ("", "is empty"),
+    "broken.json": ('[{"instruction": "a", "output"', "broken.json"),
+    "no-answers.jsonl": ('{"instruction": "a", "output": ""}\n', "Row 1 of no-answers.jsonl"),
+    "columns.csv": ("foo,bar\n1,2\n", "columns: foo, bar"),
+}
+
+
+def test_bad_files_get_one_sentence_beside_the_upload_and_are_not_chosen(page: Page, app: Served, tmp_path: Path) -> None:
+    for name, (content, sentence) in BAD_FILES.items():
+        (tmp_path / name).write_text(content, "utf-8")
+        upload(page, tmp_path / name)
+        expect(page.locator("#data-summary .problem")).to_contain_text(sentence)
+        assert "Traceback" not in page.locator("body").inner_text()
+        expect(page.locator("#data-use")).to_be_disabled()
+        go(page, "Train")
+        page.locator("#start-button").click()
+        expect(page.locator("#start-message .problem")).to_contain_text(re.compile(f"{re.escape(sentence)}|No data set is chosen"))
+        assert not os.listdir(app.home / "runs")
+        go(page, "Data")
+        page.locator("#data-upload").get_by_label("Clear").click()
+        expect(page.locator("#data-summary")).to_contain_text("Drop one or more files at the left.")
 
 
 def test_numbers_out_of_bounds_are_refused_at_their_field(page: Page, app: Served) -> None:

@@ -24,7 +24,7 @@ def answered(page: Page, seed: int) -> None:
 
 def test_a_person_trains_chats_compares_votes_and_takes_the_adapter_away(browser: Browser, home: Path, tmp_path: Path) -> None:
     tiny.tiny_model(Workspace.open(home).models / tiny.NAME)
-    with served(home) as app:
+    with served(home, fresh=True) as app:
         page = open_page(browser, app.url)
         upload(page, tiny.tiny_rows(tmp_path / "rows.json", 40))
         expect(page.locator("#data-summary")).to_contain_text("40 rows")

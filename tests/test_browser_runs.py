@@ -14,23 +14,11 @@ from gradio_client import Client
 from playwright.sync_api import Browser, Page, expect
 from serving import go, open_page, served, set_number, upload
 
-from qlora_ui.config import STARTER_MODEL
 from qlora_ui.events import AdapterSaved, Step
 from qlora_ui.runs import Workspace
 
 pytestmark = pytest.mark.browser
 MINUTE = 60_000
-
-
-@pytest.fixture
-def starter_home(home: Path) -> Path:
-    """A workspace that has the starter model, as tests/run.sh fetched it."""
-    source = Path(os.environ.get("QLORA_UI_STARTER", "tests/.cache/models")) / STARTER_MODEL.replace("/", "--")
-    if not source.is_dir():
-        pytest.skip("the starter model is not here: run the suite with bash tests/run.sh, which fetches it")
-    workspace = Workspace.open(home)
-    shutil.copytree(source, workspace.models / source.name, copy_function=os.link)
-    return home
 
 
 def points(page: Page) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -39,6 +40,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 SHOW_BLAMED = "() => setTimeout(() => window.showBlamed?.(), 100)"
 """Brings the field into sight that a start was refused for, once its sentence is in the page."""
 
+STREAM = Path(__file__).with_name("stream.js")
 NOW = "() => String(performance.now())"
 
 
@@ -77,7 +79,8 @@ def build(services: Services) -> gr.Blocks:
 
 def launch_options() -> dict[str, Any]:
     """What Gradio wants to be told at launch rather than when the page is built."""
-    return {"theme": theme.theme(), "css_paths": [theme.CSS], "run_history": False, "footer_links": ["api", "settings"]}
+    head = f"<script>(() => {{\n{STREAM.read_text('utf-8')}}})()</script>"
+    return {"theme": theme.theme(), "css_paths": [theme.CSS], "head": head, "run_history": False, "footer_links": ["api", "settings"]}
 
 
 def wire(
@@ -120,15 +123,16 @@ def wire(
     train.preset.input(partial(train_tab.choose_preset, names), [train.preset], fields, **QUIET)
     train.preset.change(train_tab.about_preset, [train.preset], [train.about], trigger_mode="multiple", **QUIET)
     changes = [data.chosen.change, train.preset.input, *[f.change for f in fields]]
-    heard(changes).change(**plan, trigger_mode="always_last", **QUIET)
+    planned = heard(changes)
+    planned.change(**plan, trigger_mode="always_last", **QUIET)
     form.build_marks(names, train.preset, fields, [page.load, train.preset.change, *[f.change for f in fields]])
-    # By one writer, in order: the plan is also made after every look at the data, and an old one may end last.
+    # By a writer of its own, ahead of the queue: what a person has set does not wait for a plan.
     kept = [train.isolated, *form_values]
     kept_when = heard([*changes, train.isolated.input]).change
     kept_when(partial(train_tab.draft, names), kept, [draft], trigger_mode="always_last", queue=False, **QUIET)
     planned_when = heard([*changes, bar.chip.change, page.load, train.memory.card.input]).change
-    planner.wire(services, train.memory, names, form_values, planned_when, page.load, lambda event: event.then(**plan, **QUIET), QUIET)
-    wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, plan)
+    planner.wire(services, train.memory, names, form_values, planned_when, page.load, partial(after, planned), QUIET)
+    wire_data(services, data, dict(zip(names, fields, strict=True)), form_values, names, planned)
     data.use.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
 
     started = partial(train_tab.start, services, names)
@@ -181,6 +185,11 @@ def heard(events: list[Any], while_seen: str = "") -> gr.Textbox:
     return field
 
 
+def after(field: gr.Textbox, event: Any) -> None:
+    """Change a field of `heard` at the end of this event, each time: a listener of its own would be left out while it is busy."""
+    event.then(None, None, [field], js=NOW, trigger_mode="multiple", **QUIET)
+
+
 def wire_resume_with(
     services: Services,
     bar: run_bar.RunBar,
@@ -208,7 +217,7 @@ def wire_data(
     field: dict[str, Any],
     form_values: list[Any],
     names: list[str],
-    plan: dict[str, Any],
+    planned: gr.Textbox,
 ) -> None:
     """What the Data tab does with settings, which may stand on either tab."""
     # Two settings stand on both tabs. Only what a person types moves the other, so that they cannot chase each other.
@@ -220,20 +229,18 @@ def wire_data(
 
     read_by = ("model", "data_format", "columns", "prompt_format", "train_on", "max_seq_len", "long_rows", "held_out_split")
     looks: dict[str, Any] = {"inputs": [data.wish, *form_values], "outputs": data.seen, "concurrency_limit": 8, **QUIET}
-    rows: dict[str, Any] = {
-        "fn": partial(data_rows.show, services, names),
-        "inputs": [*data.rows.wanted, *form_values],
-        "outputs": [data.rows.preview, data.rows.pager],
-        **QUIET,
-    }
     left = [field["chat_template"].blur, field["new_tokens"].blur]
     changes = [data.chosen.change, *[field[name].change for name in read_by], *left]
     look = gr.on(changes, partial(data_tab.look, services, names, False), trigger_mode="multiple", **looks)  # the newest ends the others
     fetch = data.reading.fetch_tokenizer.click(partial(data_tab.look, services, names, True), **looks)
-    for event in (look, fetch):
-        event.then(**rows).then(**plan, **QUIET)
     turned = [part.change for part in data.rows.wanted if part is not data.rows.search]
-    heard([*turned, data.rows.search.submit, data.rows.search.blur, data.read.change]).change(**rows, trigger_mode="always_last")
+    turned_to = heard([*turned, data.rows.search.submit, data.rows.search.blur, data.read.change])
+    shown = [data.rows.preview, data.rows.pager]
+    rows = partial(data_rows.show, services, names)
+    turned_to.change(rows, [*data.rows.wanted, *form_values], shown, trigger_mode="always_last", **QUIET)
+    for event in (look, fetch):
+        after(turned_to, event)
+        after(planned, event)
     mapped = partial(data_tab.map_columns, services, names)
     gr.on(
         [slot.input for slot in data.reading.slots],

@@ -19,6 +19,7 @@ from qlora_ui.services import Services
 from qlora_ui.ui import data_markup, data_rows, data_source, downloads, form, markup
 
 SLOTS = 4
+TOLD = 9 + SLOTS  # components that a look fills
 LISTED = 200  # columns; a browser stands still over ten thousand
 NO_LENGTHS = markup.note("How long the rows are shows here.")
 TOGETHER_SECONDS = 0.05  # what one click changes arrives as several changes, of which the last says all
@@ -29,7 +30,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 class Wish:
     """What one page's person wants last; Gradio keeps one for each page. A look that is not the newest `look` ends."""
 
-    look: int = 0
+    look: object = None
     stop: bool = False
 
 
@@ -183,11 +184,23 @@ def ask_to_stop(wish: Wish) -> None:
 
 def look(services: Services, names: list[str], fetch: bool, wish: Wish, preset: str, chosen: str, *values: Any) -> Iterator[list[Any]]:
     """The report as it grows: a sample, all rows, their tokens. A page that goes away closes this and with it the reading."""
-    wish.stop, wish.look = False, wish.look + 1
-    mine = wish.look
+    wish.stop = False
+    mine = wish.look = object()  # not a number, of which two that begin together could make the same
     time.sleep(TOGETHER_SECONDS)
-    if wish.look != mine:
-        return
+    for told in tell(services, names, fetch, wish, preset, chosen, values) if wish.look is mine else ():
+        if wish.look is not mine:  # asked once the words are made, which may take long
+            break
+        yield told
+    if wish.look is not mine:
+        # Gradio 6.31 repeats the last word of a generator when it ends: of an old look, over what a newer one has told meanwhile.
+        # Not at the end of every look: this would also undo what the page has heard and not shown yet.
+        yield [gr.skip()] * TOLD
+
+
+def tell(
+    services: Services, names: list[str], fetch: bool, wish: Wish, preset: str, chosen: str, values: tuple[Any, ...]
+) -> Iterator[list[Any]]:
+    """What one look finds, in the components of the page, up to its end, its error or the person's wish to stop."""
     if not chosen:
         yield [gr.skip(), "", gr.skip(), NO_LENGTHS, *idle()]
         return
@@ -196,8 +209,6 @@ def look(services: Services, names: list[str], fetch: bool, wish: Wish, preset: 
         config = form.read(preset, chosen, names, values)
         looks = services.inspector.look(config, fetch)
         for seen in looks:
-            if wish.look != mine:
-                return
             yield [gr.skip(), *shown(services, config, seen)]
             if wish.stop:
                 looks.close()

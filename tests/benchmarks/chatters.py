@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
         workspace = Workspace.open(home)
         tiny.tiny_model(workspace.models / tiny.NAME)
         run = trained(workspace, tiny.tiny_rows(Path(home) / "rows.json"), max_steps=8)
-        with served(workspace.root) as app:
+        with served(workspace.root, fresh=True) as app:
             asyncio.run(crowd(app, run.id, 1, 1, flags.seed))  # the model is loaded
             begun = time.perf_counter()
             heard = asyncio.run(crowd(app, run.id, PEOPLE, flags.seconds, flags.seed, TOKENS))

@@ -150,7 +150,7 @@ def ask_app(trainer: Trainer, run: Run) -> None:
     from gradio_client import Client
     from serving import served
 
-    with served(trainer.workspace.root) as app:
+    with served(trainer.workspace.root, fresh=True) as app:
         told: dict[str, Any] = Client(app.url, verbose=False).predict(run.id, api_name="/run_status")
     assert told["state"] == run.state(), (told, run.state())
 

@@ -109,13 +109,13 @@ def sizes(steps: int, note: Any) -> None:
         lock = run.lock()
         with lock.acquire():
             for title in ("no snapshot", "with snapshot"):
-                with served(workspace.root) as app:
+                with served(workspace.root, fresh=True) as app:
                     settled(app)
                     note(f"-- {steps:,} steps, {run.size() / 1e6:.0f} MB of events, {title}", "", "")
                     busy = cpu_seconds(app)
                     asyncio.run(first_look(app, note))
                     note("server CPU of that, ms", round((cpu_seconds(app) - busy) * 1000), "")
-            with served(workspace.root) as app:
+            with served(workspace.root, fresh=True) as app:
                 settled(app)
                 asyncio.run(first_look(app, lambda *_: None))
                 busy = cpu_seconds(app)
@@ -129,7 +129,7 @@ def soak(steps: int, note: Any) -> None:
     with tempfile.TemporaryDirectory() as home:
         workspace = Workspace.open(home)
         run = long_run(workspace, 100, steps, ended=False)
-        with run.lock().acquire(), served(workspace.root) as app:
+        with run.lock().acquire(), served(workspace.root, fresh=True) as app:
             settled(app)
             written = threading.Event()
 
@@ -165,7 +165,7 @@ def page_share(steps: int, seconds: int, note: Any) -> None:
     with tempfile.TemporaryDirectory() as home:
         workspace = Workspace.open(home)
         run = long_run(workspace, steps, steps + 1000, ended=False)
-        with run.lock().acquire(), served(workspace.root) as app, chromium() as browser:
+        with run.lock().acquire(), served(workspace.root, fresh=True) as app, chromium() as browser:
             settled(app)
             page = open_page(browser, app.url)
             go(page, "Train")

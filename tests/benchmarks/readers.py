@@ -133,7 +133,7 @@ def training_app(is_tiny: bool) -> Iterator[tuple[Served, Run]]:
             rows = presets.load("starter").config.data.data
             values = {**long, "micro_batch_size": 2, "held_out_share": 0}
         with on_cores(0):
-            app = opened.enter_context(served(workspace.root))
+            app = opened.enter_context(served(workspace.root, fresh=True))
         client = Client(app.url, verbose=False)
         run = workspace.get(client.predict("starter", rows, json.dumps(values), api_name="/start_training"))
         while run.last_step() < 20:

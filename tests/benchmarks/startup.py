@@ -30,7 +30,7 @@ def main() -> None:
             workspace.models.rmdir()
             workspace.models.symlink_to(MODELS)
             start = time.perf_counter()
-            with served(workspace.root) as app:
+            with served(workspace.root, fresh=True) as app:
                 note("command to server up", start)
                 page = open_page(browser, app.url)
                 note("command to page with its rows", start)
