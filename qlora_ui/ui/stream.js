@@ -38,6 +38,7 @@ async function relay(answer, askAgain, page) {
     }
     await page.close();
   } catch (trouble) {
+    open.clear(); // nobody answers these any more
     page.abort(trouble).catch(() => {}); // Gradio says so, unless it was the page that went away
   }
 }
