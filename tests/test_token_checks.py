@@ -105,6 +105,8 @@ def test_a_beginning_that_the_model_knows_and_the_template_does_not_write_is_tol
 def test_an_end_at_which_other_tools_would_not_stop_is_told() -> None:
     (said,) = troubles(tokenizer("chatml"), ROWS, "assistant", [0])
     assert "Turns end with <|im_end|> in this prompt format, but the model's generation settings stop at <|pad|> only" in said
+    (said,) = troubles(tokenizer("chatml"), ROWS, "assistant", [50_256])
+    assert "settings stop at token 50256, which the tokenizer does not have, only" in said
     assert "eos_token_id=2" in said
     assert troubles(tokenizer("chatml"), ROWS, "assistant", [0, 2]) == []
 

@@ -101,11 +101,15 @@ def _other_ends(tokenizer: Any, answers: Sequence[TokenRow], generation_ends: Se
     taught = {int(row.ids[place]) for row in answers for place in _turn_ends(row)}
     if not taught or not generation_ends or taught & set(generation_ends) or _ends(tokenizer, answers):
         return ""
-    end, others = (", ".join(tokenizer.convert_ids_to_tokens(sorted(ids))) for ids in (taught, set(generation_ends)))
+    end, others = (", ".join(_name(tokenizer, id) for id in sorted(ids)) for ids in (taught, set(generation_ends)))
     return (
         f"Turns end with {end} in this prompt format, but the model's generation settings stop at {others} only. "
         f"The chat of this app stops at both; give other tools eos_token_id={sorted(taught)[0]}."
     )
+
+
+def _name(tokenizer: Any, id: int) -> str:
+    return tokenizer.convert_ids_to_tokens(id) or f"token {id}, which the tokenizer does not have,"
 
 
 def _turn_ends(row: TokenRow) -> list[int]:
