@@ -36,7 +36,7 @@ def test_a_page_follows_a_run_in_place_and_goes_on_after_a_restart_of_its_server
     run.append(Log(text=ATTACK))
     for number in range(1, 6):
         take_step(run, number)
-    with run.lock().acquire(), served(workspace.root) as app:
+    with run.lock().acquire(), served(workspace.root, fresh=True) as app:
         page = open_page(browser, app.url)
         says(page, "training 5/50")
         expect(page.locator("#device-chip details")).to_be_visible(timeout=MINUTE)  # the warm-up has ended: no more news of it

@@ -59,9 +59,11 @@ def build() -> Rows:
     preview = gr.HTML(elem_id="data-preview")
     page = gr.State(0)
 
-    gr.on([back.click], lambda page: page - 1, [page], [page], **QUIET)
-    gr.on([onward.click], lambda page: page + 1, [page], [page], **QUIET)
-    gr.on([order.input, search.submit, search.blur, view.input], lambda: 0, None, [page], **QUIET)
+    # In one line: a click on Next leaves the search too, and must not be overtaken by the return to the first page.
+    turning: dict[str, Any] = {"outputs": [page], "concurrency_id": "rows-page", **QUIET}
+    gr.on([back.click], lambda page: page - 1, [page], **turning)
+    gr.on([onward.click], lambda page: page + 1, [page], **turning)
+    gr.on([order.input, search.submit, search.blur, view.input], lambda: 0, None, **turning)
     return Rows(page=page, view=view, order=order, search=search, pager=pager, preview=preview)
 
 
