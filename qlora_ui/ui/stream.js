@@ -27,12 +27,17 @@ async function relay(answer, askAgain, page) {
   try {
     for (let goesOn = true; goesOn; ) {
       goesOn = false;
-      for await (const event of events(answer.body)) {
-        const { msg, event_id } = JSON.parse(event.slice("data: ".length));
-        if (msg === "process_completed" && !open.delete(event_id)) early.add(event_id);
-        goesOn = msg === "close_stream" && open.size > 0;
+      for await (const events of arrivals(answer.body)) {
+        const told = [];
+        for (const event of events) {
+          const { msg, event_id } = JSON.parse(event.slice("data: ".length));
+          if (msg === "process_completed" && !open.delete(event_id)) early.add(event_id);
+          goesOn = msg === "close_stream" && open.size > 0;
+          if (!goesOn) told.push(`${event}\n\n`);
+        }
+        // What came together is told together, so that the page draws it once: one that is behind could not catch up else.
+        if (told.length) await page.write(bytes.encode(told.join("")));
         if (goesOn) break;
-        await page.write(bytes.encode(`${event}\n\n`));
       }
       if (goesOn) answer = await askAgain();
     }
@@ -43,13 +48,13 @@ async function relay(answer, askAgain, page) {
   }
 }
 
-async function* events(body) {
+async function* arrivals(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { done, value } = await reader.read();
     if (done) return;
     const whole = (rest + value).split("\n\n");
     rest = whole.pop();
-    yield* whole;
+    yield whole;
   }
 }
