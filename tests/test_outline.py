@@ -206,7 +206,9 @@ def test_counting_leaves_torchs_default_dtype_alone(monkeypatch: pytest.MonkeyPa
     assert outline.count_shape(config, "phi").hidden == 48
 
 
-@pytest.mark.parametrize(("field", "value", "plain"), [("lora_dropout", 0.05, "0"), ("use_dora", True, "off")])
+@pytest.mark.parametrize(
+    ("field", "value", "plain"), [("lora_dropout", 0.05, "0"), ("use_dora", True, "off"), ("layers_to_skip", "1", "nothing")]
+)
 def test_what_adapters_of_experts_cannot_have_is_said_before_anything_is_loaded(
     tmp_path: Path, field: str, value: object, plain: str
 ) -> None:
@@ -254,3 +256,13 @@ def test_a_config_that_is_too_deep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "deep" / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="Fetch or copy the model again"):
         find_shape("deep", "main", tmp_path)
+
+
+def test_what_has_no_attention_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    shape, adapter = counted(tiny_config("mamba")), RunConfig().with_values({"target_modules": "attention"}).adapter
+    with pytest.raises(UserError, match="target_modules is 'attention', but no module of this model is named so"):
+        trained_tensors(shape, adapter)
+    tiny_config("mamba").save_pretrained(tmp_path)
+    found = Found(folder=tmp_path, public_name="m", origin="here")
+    with pytest.raises(UserError, match=r"target_modules is 'all-linear': .*Module 'out_proj' is incompatible with Mamba-based models"):
+        check(found, torch.float32, RunConfig().adapter, 300, ())

@@ -38,19 +38,24 @@ def check(found: Found, dtype: torch.dtype, adapter: AdapterConfig, tokens: int,
         return
     rows = outline.get_input_embeddings().weight.shape[0]
     wish = lora_config(outline, adapter, sorted({*new, *range(rows, tokens)}))
-    if any(weight.ndim == 3 for weight in outline.parameters()) and adapts_experts(outline, wish):
+    if any(weight.ndim == 3 for weight in outline.parameters()) and adapts_experts(outline, wish, adapter):
         check_experts(adapter)
 
 
-def adapts_experts(outline: Any, wish: LoraConfig) -> bool:
+def adapts_experts(outline: Any, wish: LoraConfig, adapter: AdapterConfig) -> bool:
     """Whether PEFT would put an adapter on bare tensors of many matrices. It is asked by doing, which changes the outline."""
     plain = LoraConfig(r=1, target_modules=wish.target_modules, exclude_modules=wish.exclude_modules)
     try:
         with torch.device("meta"):
             adapted = inject_adapter_in_model(plain, outline)
-    except ValueError:  # it adapts nothing of this kind so; the same is asked of the loaded model
-        return False
+    except ValueError as error:
+        raise refused(adapter, error) from error
     return any(isinstance(module, ParamWrapper) for module in adapted.modules())
+
+
+def refused(adapter: AdapterConfig, error: ValueError) -> UserError:
+    """What PEFT says no to."""
+    return UserError(f"target_modules is {adapter.target_modules!r}: {str(error).splitlines()[0]}", field="target_modules")
 
 
 def lora_config(base: Any, adapter: AdapterConfig, learned: Sequence[int] = ()) -> LoraConfig:

@@ -40,7 +40,8 @@ def adapted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, int
 
 def check_experts(adapter: AdapterConfig) -> None:
     """Raise UserError for what PEFT does not do on the bare tensors of experts."""
-    for field, value, plain in (("lora_dropout", adapter.lora_dropout, "0"), ("use_dora", adapter.use_dora, "off")):
+    wishes = (("lora_dropout", adapter.lora_dropout, "0"), ("use_dora", adapter.use_dora, "off"))
+    for field, value, plain in (*wishes, ("layers_to_skip", adapter.layers_to_skip, "nothing")):
         if value:
             said = f"{field} is {'on' if value is True else value}, which an adapter on a mixture of experts cannot have."
             raise UserError(f"{said} Set it to {plain}, or target_modules to attention.", field=field)
@@ -58,7 +59,11 @@ def _targeted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, i
     if adapter.target_modules == "all-linear":
         return [(linear, n) for linear, n in linears if linear.ranks]
     if adapter.target_modules == "attention":
-        return [(linear, n) for linear, n in linears if any(word in linear.path.lower().rpartition(".")[0] for word in ATTENTION)]
+        named = [(linear, n) for linear, n in linears if any(word in linear.path.lower().rpartition(".")[0] for word in ATTENTION)]
+        if not named:
+            said = "target_modules is 'attention', but no module of this model is named so. Name the modules."
+            raise UserError(said, field="target_modules")
+        return named
     found = [(linear, n) for linear, n in (*linears, (shape.head, 1), (shape.embedding, 1)) if _named(linear, adapter.target_modules)]
     if not found:
         raise UserError(
