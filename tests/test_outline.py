@@ -158,7 +158,7 @@ def test_a_layer_keeps_about_the_bytes_that_are_forecast(
             "'whisper', which transformers does not load as a model of text alone. Choose another model.",
         ),
         ({"model_type": "bloom", "n_head": 0}, "of which no shape could be made from its config.json (ZeroDivisionError: "),
-        ({"model_type": "bloom", "n_head": "many"}, "Field 'n_head' expected int, got str (value: 'many')"),
+        ({"model_type": "bloom", "n_head": "many"}, "(TypeError: Field 'n_head' expected int, got str (value: 'many')). Fetch"),
     ],
 )
 def test_what_cannot_be_counted_is_refused_in_a_sentence(config: dict[str, Any], said: str) -> None:

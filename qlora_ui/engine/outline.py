@@ -35,7 +35,7 @@ Side = Literal["decoder", "encoder", "idle"]
 ATTENTION = ("attn", "attention")
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where such functions are defined
 READ, INNER = "feed-forward input", "feed-forward inner"
-SAID = 300  # characters of what a library says
+SAID = 120  # characters of what a library says
 SEEN = 64  # numbers that an activation function is tried on
 
 
@@ -46,7 +46,8 @@ def count_shape(config: Mapping[str, Any], name: str) -> ModelShape:
     except UserError:
         raise
     except Exception as error:  # each architecture has refusals and odd ways of its own
-        reason = shorten(f"{type(error).__name__}: {error}", SAID, placeholder=" …")
+        cause = error.__cause__ or error  # transformers wraps what is wrong with a field
+        reason = shorten(f"{type(cause).__name__}: {cause}", SAID, placeholder=" …")
         why = f"of which no shape could be made from its config.json ({reason})"
         raise _uncounted(name, str(config.get("model_type")), why, "Fetch or copy the model again, or measure one step instead.") from error
 
