@@ -55,7 +55,7 @@ def shipped() -> dict[str, dict[str, Any]]:
 def _read(path: Path, model: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"The config.json of {model} cannot be read: {error}. Fetch or copy the model again.", field="model") from error
     if not isinstance(config, dict):
         raise UserError(f"The config.json of {model} is no JSON object. Fetch or copy the model again.", field="model")

@@ -20,14 +20,15 @@ from transformers.pytorch_utils import Conv1D
 from qlora_ui.config import RunConfig
 from qlora_ui.engine import cpu, outline
 from qlora_ui.engine.layers import measure_storage
-from qlora_ui.engine.shape import lora_config
+from qlora_ui.engine.model import Found
+from qlora_ui.engine.shape import check, lora_config
 from qlora_ui.errors import UserError
 from qlora_ui.memory.activations import Batch, copy_bytes, layer_bytes
 from qlora_ui.memory.devices import find_device
 from qlora_ui.memory.forecast import base_bytes, forecast
 from qlora_ui.memory.shapes import ModelShape, read_shape
 from qlora_ui.memory.trained import trained_tensors
-from qlora_ui.model_shapes import NotCounted, find_shape, find_shape_within
+from qlora_ui.model_shapes import NotCounted, find_shape, find_shape_within, shape_of
 
 GPT = {"n_embd": 32, "n_head": 4, "n_positions": 256, "vocab_size": 300, "num_hidden_layers": 2}
 STILL_GPT = {**GPT, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
@@ -154,10 +155,10 @@ def test_a_layer_keeps_about_the_bytes_that_are_forecast(
         ({}, "it is of the architecture 'nothing', which transformers does not know. Measure one step instead."),
         (
             {"model_type": "whisper"},
-            "'whisper', of which transformers has no model that writes text. Choose another model.",
+            "'whisper', which transformers does not load as a model of text alone. Choose another model.",
         ),
         ({"model_type": "bloom", "n_head": 0}, "of which no shape could be made from its config.json (ZeroDivisionError: "),
-        ({"model_type": "bloom", "n_head": "many"}, "of which no shape could be made from its config.json ("),
+        ({"model_type": "bloom", "n_head": "many"}, "(TypeError: Field 'n_head' expected int, got str (value: 'many')). Fetch"),
     ],
 )
 def test_what_cannot_be_counted_is_refused_in_a_sentence(config: dict[str, Any], said: str) -> None:
@@ -186,3 +187,82 @@ def test_only_what_no_reader_knows_is_counted(tmp_path: Path, monkeypatch: pytes
     assert find_shape("experts", "main", models) == find_shape_within("experts", "main", models)
     monkeypatch.setattr(outline, "count_shape", None)
     assert find_shape_within("llama", "main", models, with_torch=False).kind == "llama"
+
+
+def test_a_head_that_the_config_says_is_not_tied_is_counted() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 300, "feed_forward_proj": "gated-gelu"}
+    tied, apart = ({"model_type": "mt5", **sizes, "tie_word_embeddings": tied} for tied in (True, False))
+    assert outline.count_shape(apart, "m").parameters - outline.count_shape(tied, "m").parameters == 300 * 32
+    assert outline.count_shape(apart, "m").parameters == read_shape({**apart, "model_type": "t5"}, "m").parameters
+
+
+def test_counting_leaves_torchs_default_dtype_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {**tiny_config("phi", hidden_size=48).to_dict(), "dtype": "float16"}
+
+    def changed(dtype: torch.dtype) -> None:
+        pytest.fail(f"it is set to {dtype} for all threads, of which one may train")
+
+    monkeypatch.setattr(torch, "set_default_dtype", changed)
+    assert outline.count_shape(config, "phi").hidden == 48
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "plain"), [("lora_dropout", 0.05, "0"), ("use_dora", True, "off"), ("layers_to_skip", "1", "nothing")]
+)
+def test_what_adapters_of_experts_cannot_have_is_said_before_anything_is_loaded(
+    tmp_path: Path, field: str, value: object, plain: str
+) -> None:
+    adapter = RunConfig().with_values({"lora_dropout": 0, field: value}).adapter
+    said = f"{field} is {'on' if value is True else value}, which an adapter on a mixture of experts cannot have. Set it to {plain}, "
+    found = Found(folder=architectures.build(tmp_path / "m", "experts"), public_name="m", origin="here")
+    for refused in (
+        lambda: trained_tensors(counted(tiny_config("mixtral")), adapter),
+        lambda: check(found, torch.float32, adapter, 300, ()),
+    ):
+        with pytest.raises(UserError) as caught:
+            refused()
+        assert str(caught.value) == f"{said}or target_modules to attention."
+        assert caught.value.field == field
+    on_attention = RunConfig().with_values({"target_modules": "attention", field: value}).adapter
+    assert trained_tensors(counted(tiny_config("mixtral")), on_attention)
+    check(found, torch.float32, on_attention, 300, ())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, but it must be at most 1,000"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers is -2, but it must be at least 1"),
+        ({"vocab_size": 0}, "vocab_size is 0, but it must be at least 1"),
+        ({"num_labels": 10**9}, "num_labels is 1,000,000,000, but it must be at most 100,000"),
+        ({"vision_config": {"depth": 10**6}}, "depth is 1,000,000, but it must be at most 1,000"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_before_so_many_layers_are_made(kind: str, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        shape_of({**small("llama").to_dict(), "model_type": kind, **wrong}, "m", with_torch=True)
+    assert str(caught.value) == f"In the config.json of m, {said}. Fetch or copy the model again."
+
+
+@pytest.mark.parametrize("kind", [["llama"], {}, None, 3])
+def test_an_architecture_that_is_no_name_is_refused(kind: object) -> None:
+    with pytest.raises(UserError, match="which transformers does not know"):
+        shape_of({"model_type": kind}, "m", with_torch=True)
+
+
+def test_a_config_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="Fetch or copy the model again"):
+        find_shape("deep", "main", tmp_path)
+
+
+def test_what_has_no_attention_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    shape, adapter = counted(tiny_config("mamba")), RunConfig().with_values({"target_modules": "attention"}).adapter
+    with pytest.raises(UserError, match="target_modules is 'attention', but no module of this model is named so"):
+        trained_tensors(shape, adapter)
+    tiny_config("mamba").save_pretrained(tmp_path)
+    found = Found(folder=tmp_path, public_name="m", origin="here")
+    with pytest.raises(UserError, match=r"target_modules is 'all-linear': .*Module 'out_proj' is incompatible with Mamba-based models"):
+        check(found, torch.float32, RunConfig().adapter, 300, ())

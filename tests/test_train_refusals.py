@@ -122,6 +122,11 @@ def without_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
+def in_few_bits(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+
+
 Damage = Callable[[Path], object]
 
 
@@ -137,6 +142,7 @@ Damage = Callable[[Path], object]
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be loaded"),
         (cut_weights, "cannot be loaded"),
+        (in_few_bits, "damaged is stored in few bits already: The model is quantized with GPTQConfig"),
         (drop_a_weight, "lacks 1 of its weights (the first is model.norm.weight)"),
     ],
 )

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from qlora_ui.config import AdapterConfig, RunConfig
-from qlora_ui.engine.shape import START, check_bias, layers_pattern, lora_config, modules_to_save, target_modules, targeted, whole
+from qlora_ui.engine.shape import START, check_bias, layers_pattern, lora_config, modules_to_save, refused, target_modules, targeted, whole
 from qlora_ui.errors import UserError
 from qlora_ui.events import Event, Log
 from qlora_ui.runs import Workspace
@@ -35,7 +35,7 @@ def add_adapter(base: Any, adapter: AdapterConfig, seed: int, learned: Sequence[
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
-        raise UserError(f"target_modules is {adapter.target_modules!r}: {str(error).splitlines()[0]}", field="target_modules") from error
+        raise refused(adapter, error) from error
     return _ready(model)
 
 

@@ -200,6 +200,8 @@ def _unloadable(found: Found, error: Exception, what: str = "") -> UserError:
         said = f"The code of {found.public_name} cannot be run: {_reason(error)}. Install what it asks for, or choose another model."
     elif "dispatched on the CPU or the disk" in str(error):
         said = f"{found.public_name} is larger than all {torch.cuda.device_count()} GPUs here together. Choose a smaller model."
+    elif "is quantized with" in str(error):  # how transformers begins when it is asked for other bits than those of the files
+        said = f"{found.public_name} is stored in few bits already: {_reason(error)}. Choose the model that it was made from."
     else:
         said = f"{what}{found.public_name} cannot be loaded: {_reason(error)}. {COPY_AGAIN}"
     return UserError(said, field="model")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ Side = Literal["decoder", "encoder", "idle"]
 ATTENTION = ("attn", "attention")
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where such functions are defined
 READ, INNER = "feed-forward input", "feed-forward inner"
+SAID = 120  # characters of what a library says
 SEEN = 64  # numbers that an activation function is tried on
 
 
@@ -44,9 +46,10 @@ def count_shape(config: Mapping[str, Any], name: str) -> ModelShape:
     except UserError:
         raise
     except Exception as error:  # each architecture has refusals and odd ways of its own
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
+        cause = error.__cause__ or error  # transformers wraps what is wrong with a field
+        reason = shorten(f"{type(cause).__name__}: {cause}", SAID, placeholder=" …")
         why = f"of which no shape could be made from its config.json ({reason})"
-        raise _uncounted(name, str(config.get("model_type")), why) from error
+        raise _uncounted(name, str(config.get("model_type")), why, "Fetch or copy the model again, or measure one step instead.") from error
 
 
 @lru_cache(maxsize=16)  # a page asks at every change of a field
@@ -75,7 +78,9 @@ def _counted(config: str, name: str) -> ModelShape:
         final_norms=(),
         stacks=tuple(merged(stack_of(layer, sizes) for layer in (*used, *(layer for layer in layers if layer not in used)))),
     )
-    return replace(shape, extra_parameters=sum(p.numel() for p in model.parameters()) - shape.parameters)
+    shape = replace(shape, extra_parameters=sum(p.numel() for p in model.parameters()) - shape.parameters)
+    # transformers' own model of some kinds is always tied, but a head that differs in the files is loaded as it is.
+    return replace(shape, tied=shape.tied and json.loads(config).get("tie_word_embeddings") is not False)
 
 
 def without_weights(config: Mapping[str, Any], name: str) -> Any:
@@ -87,9 +92,9 @@ def without_weights(config: Mapping[str, Any], name: str) -> Any:
     made = AutoConfig.for_model(kind, **settings)
     auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     if type(made) not in auto._model_mapping:
-        raise _uncounted(name, kind, "of which transformers has no model that writes text", "Choose another model.")
+        raise _uncounted(name, kind, "which transformers does not load as a model of text alone", "Choose another model.")
     with torch.device("meta"):
-        return auto.from_config(made)
+        return auto.from_config(made, dtype=None)  # of any other it makes torch's default, also for a training in another thread
 
 
 def _uncounted(name: str, kind: str, why: str, remedy: str = "Measure one step instead.") -> UserError:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_ui.config import AdapterConfig
 from qlora_ui.engine.model import Found
 from qlora_ui.errors import UserError
+from qlora_ui.memory.trained import check_experts
 
 ATTENTION = ("attn", "attention")
 LINEAR = (torch.nn.Linear, Conv1D)
@@ -35,7 +37,25 @@ def check(found: Found, dtype: torch.dtype, adapter: AdapterConfig, tokens: int,
     except Exception:  # noqa: BLE001  a model's own code may want weights at once; the same is asked of the loaded model
         return
     rows = outline.get_input_embeddings().weight.shape[0]
-    lora_config(outline, adapter, sorted({*new, *range(rows, tokens)}))
+    wish = lora_config(outline, adapter, sorted({*new, *range(rows, tokens)}))
+    if any(weight.ndim == 3 for weight in outline.parameters()) and adapts_experts(outline, wish, adapter):
+        check_experts(adapter)
+
+
+def adapts_experts(outline: Any, wish: LoraConfig, adapter: AdapterConfig) -> bool:
+    """Whether PEFT would put an adapter on bare tensors of many matrices. It is asked by doing, which changes the outline."""
+    plain = LoraConfig(r=1, target_modules=wish.target_modules, exclude_modules=wish.exclude_modules)
+    try:
+        with torch.device("meta"):
+            adapted = inject_adapter_in_model(plain, outline)
+    except ValueError as error:
+        raise refused(adapter, error) from error
+    return any(isinstance(module, ParamWrapper) for module in adapted.modules())
+
+
+def refused(adapter: AdapterConfig, error: ValueError) -> UserError:
+    """What PEFT says no to."""
+    return UserError(f"target_modules is {adapter.target_modules!r}: {str(error).splitlines()[0]}", field="target_modules")
 
 
 def lora_config(base: Any, adapter: AdapterConfig, learned: Sequence[int] = ()) -> LoraConfig:

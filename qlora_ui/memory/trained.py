@@ -31,7 +31,23 @@ class Trained:
 
 
 def adapted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, int]]:
-    """The matrices that get an adapter, and how many of each. Raises UserError when the adapter's settings name none of this model."""
+    """The matrices that get an adapter, and how many of each. Raises UserError for settings that this model cannot have."""
+    found = _targeted(shape, adapter)
+    if any(linear.experts for linear, _ in found):
+        check_experts(adapter)
+    return found
+
+
+def check_experts(adapter: AdapterConfig) -> None:
+    """Raise UserError for what PEFT does not do on the bare tensors of experts."""
+    wishes = (("lora_dropout", adapter.lora_dropout, "0"), ("use_dora", adapter.use_dora, "off"))
+    for field, value, plain in (*wishes, ("layers_to_skip", adapter.layers_to_skip, "nothing")):
+        if value:
+            said = f"{field} is {'on' if value is True else value}, which an adapter on a mixture of experts cannot have."
+            raise UserError(f"{said} Set it to {plain}, or target_modules to attention.", field=field)
+
+
+def _targeted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, int]]:
     skipped, layers = adapter.skipped_layers(), max(stack.first + stack.layers for stack in shape.stacks)
     if missing := [layer for layer in skipped if layer >= layers]:
         raise UserError(f"layers_to_skip has {missing[0]}, but this model's layers are 0 to {layers - 1}.", field="layers_to_skip")
@@ -43,7 +59,11 @@ def adapted(shape: ModelShape, adapter: AdapterConfig) -> list[tuple[Linear, int
     if adapter.target_modules == "all-linear":
         return [(linear, n) for linear, n in linears if linear.ranks]
     if adapter.target_modules == "attention":
-        return [(linear, n) for linear, n in linears if any(word in linear.path.lower().rpartition(".")[0] for word in ATTENTION)]
+        named = [(linear, n) for linear, n in linears if any(word in linear.path.lower().rpartition(".")[0] for word in ATTENTION)]
+        if not named:
+            said = "target_modules is 'attention', but no module of this model is named so. Name the modules."
+            raise UserError(said, field="target_modules")
+        return named
     found = [(linear, n) for linear, n in (*linears, (shape.head, 1), (shape.embedding, 1)) if _named(linear, adapter.target_modules)]
     if not found:
         raise UserError(
