@@ -176,6 +176,7 @@ def test_a_models_own_code_is_not_run_for_its_shape(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(folder).to_dict()
     plain = outline.count_shape(config, "own")
     assert outline.count_shape({**config, "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, "own") == plain
+    assert outline.count_shape({**config, "_attn_implementation": "owner/kernel"}, "own") == plain
 
 
 def test_only_what_no_reader_knows_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,8 @@ def without_weights(config: Mapping[str, Any], name: str) -> Any:
     if type(made) not in auto._model_mapping:
         raise _uncounted(name, kind, "which transformers does not load as a model of text alone", "Choose another model.")
     with torch.device("meta"):
-        return auto.from_config(made, dtype=None)  # of any other it makes torch's default, also for a training in another thread
+        # Another dtype would become torch's default, also of a training in another thread; a kernel that the config names may be fetched.
+        return auto.from_config(made, dtype=None, attn_implementation="eager")
 
 
 def _uncounted(name: str, kind: str, why: str, remedy: str = "Measure one step instead.") -> UserError:
