@@ -108,9 +108,9 @@ def test_when_nothing_is_left_to_save_it_rests_with_advice_and_keeps_its_last_st
     [
         ("llama", 0.5, "It takes about 0.9 GiB. Use a larger GPU (T4 is enough), or choose a smaller model."),
         (
-            "mamba",
+            "odd",
             0.5,
-            "Lower max_seq_len (it is 128) or lora_r (4), choose a smaller model, or close what else uses the memory. tiny is of",
+            "Lower max_seq_len (it is 128) or lora_r (4), choose a smaller model, or close what else uses the memory. The memory of tiny cannot",
         ),
     ],
 )
