@@ -110,7 +110,7 @@ def test_when_nothing_is_left_to_save_it_rests_with_advice_and_keeps_its_last_st
         (
             "odd",
             0.5,
-            "Lower max_seq_len (it is 128) or lora_r (4), choose a smaller model, or close what else uses the memory. The memory of tiny cannot",
+            "Lower max_seq_len (it is 128) or lora_r (4), choose a smaller model, or close what else uses the memory. The memory of",
         ),
     ],
 )
